@@ -1,0 +1,229 @@
+"""The canonical records: trace, step, state, hint, replay, pair.
+
+Shaped like ATIF 1.8 (one step = one model inference; results tied to calls by id) plus what ATIF lacks:
+where each record came from, whether its history is exact, how each result ended, and whether a step may
+be trained on. Every record is a `msgspec.Struct`: typed, validated when decoded, one JSON line each.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any
+
+import msgspec
+
+
+class Status(StrEnum):
+    """How a tool call ended. `error` is flagged by the log itself; `inferred_error` we found in the text."""
+
+    OK = "ok"
+    ERROR = "error"
+    INFERRED_ERROR = "inferred_error"
+    HUMAN_REJECT = "human_reject"
+    INTERRUPTED = "interrupted"
+    MISSING = "missing"
+
+    @property
+    def failed(self) -> bool:
+        """True for the three classes that make an error turn: flagged, inferred, human."""
+        return self in (Status.ERROR, Status.INFERRED_ERROR, Status.HUMAN_REJECT)
+
+
+class Record(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """Base: keyword-only, defaults left out of the JSON."""
+
+
+class SourceRef(Record, frozen=True):
+    """Where a record was read: `file` as given by the user, `line` counted from 1 (0: whole document)."""
+
+    file: str
+    line: int
+
+
+class ToolCall(Record):
+    """One call of an action. `raw_arguments` is kept only when `arguments` could not be parsed."""
+
+    id: str
+    name: str
+    arguments: dict[str, Any] = msgspec.field(default_factory=dict)
+    raw_arguments: str | None = None
+
+
+class ToolResult(Record):
+    """What came back for one call. `error_class` names a template in `composer_plugins/hints`."""
+
+    call_id: str
+    content: str
+    status: Status = Status.OK
+    exit_code: int | None = None
+    error_class: str | None = None
+    source_ref: SourceRef | None = None
+
+
+class Message(Record):
+    """One message of a conversation, in the OpenAI chat vocabulary. `thinking` is kept, never merged."""
+
+    role: str  # system | user | assistant | tool
+    content: str = ""
+    tool_calls: list[ToolCall] = msgspec.field(default_factory=list)
+    tool_call_id: str | None = None
+    name: str | None = None
+    thinking: str | None = None
+
+    def to_chat(self) -> dict[str, Any]:
+        """Return the dict that chat templates and OpenAI-style APIs take (arguments as an object)."""
+        chat: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.tool_calls:
+            chat["tool_calls"] = [
+                {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
+                for c in self.tool_calls
+            ]
+        if self.tool_call_id is not None:
+            chat["tool_call_id"] = self.tool_call_id
+        if self.name is not None:
+            chat["name"] = self.name
+        return chat
+
+
+class Step(Record):
+    """One model inference: its state is `trace.messages[state_start:action]`, its action one message.
+
+    `state_start` > 0 after a compaction. `trainable` is false for synthetic, API-error, copied and
+    interrupted steps.
+    """
+
+    index: int
+    action: int
+    source_ref: SourceRef
+    state_start: int = 0
+    results: list[ToolResult] = msgspec.field(default_factory=list)
+    history_exact: bool = True
+    trainable: bool = True
+    model: str | None = None
+    not_trainable_reason: str | None = None
+
+    @property
+    def status(self) -> Status:
+        """The worst outcome among the results (a step without calls is `ok`)."""
+        order = [
+            Status.HUMAN_REJECT, Status.ERROR, Status.INFERRED_ERROR, Status.INTERRUPTED, Status.MISSING,
+        ]  # fmt: skip
+        found = {r.status for r in self.results}
+        return next((s for s in order if s in found), Status.OK)
+
+
+class Trace(Record):
+    """One agent session. `tools` maps each tool name seen to a JSON schema inferred from its calls."""
+
+    id: str
+    format: str
+    messages: list[Message]
+    steps: list[Step]
+    agent: str | None = None
+    session_id: str | None = None
+    parent_id: str | None = None
+    tools: dict[str, dict[str, Any]] = msgspec.field(default_factory=dict)
+    outcome: str | None = None
+    source_file: str | None = None
+    extra: dict[str, Any] = msgspec.field(default_factory=dict)
+
+    def action_of(self, step: Step) -> Message:
+        """The assistant message that `step` produced."""
+        return self.messages[step.action]
+
+    def state_of(self, step: Step) -> list[Message]:
+        """The messages before `step`, whole (see `composer_plugins.traces.states` for the budget)."""
+        return self.messages[step.state_start : step.action]
+
+
+class Hint(Record):
+    """Text spliced in at an error turn, and why it is there. `generator` is the plugin that wrote it."""
+
+    text: str
+    error_class: str
+    status: Status
+    generator: str
+    evidence: str = ""
+
+
+class Cut(Record):
+    """What the token budget removed from a state. The system prompt and the action are never cut."""
+
+    messages_dropped: int = 0
+    messages_shortened: int = 0
+    tokens_removed: int = 0
+
+
+class State(Record):
+    """The messages before one step, fit to a budget, with the recorded action and an optional hint.
+
+    The unit of the pipeline after `ingest`: hints are added to it, teachers replay it, pairs and
+    training prompts are made from it.
+    """
+
+    id: str
+    trace_id: str
+    step: int
+    messages: list[Message]
+    action: Message
+    source_ref: SourceRef
+    tools: dict[str, dict[str, Any]] = msgspec.field(default_factory=dict)
+    results: list[ToolResult] = msgspec.field(default_factory=list)
+    status: Status = Status.OK
+    history_exact: bool = True
+    trainable: bool = True
+    cut: Cut = msgspec.field(default_factory=Cut)
+    hint: Hint | None = None
+
+    def tool_schemas(self) -> list[dict[str, Any]]:
+        """Tools in the OpenAI function format that chat templates and teachers take."""
+        return [{"type": "function", "function": schema} for _, schema in sorted(self.tools.items())]
+
+
+class Replay(Record):
+    """What one teacher answered for one state. `error` is set, and `action` empty, when it failed.
+
+    `independent_of` groups teachers whose weights are the same: they are not independent votes.
+    """
+
+    state_id: str
+    teacher: str
+    model: str
+    action: Message | None = None
+    weights_id: str | None = None
+    demonstration: bool = False
+    sample: int = 0
+    error: str | None = None
+    finish_reason: str | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    seconds: float | None = None
+
+
+class Provenance(Record):
+    """Why a pair exists: its rule, and who stood on each side ("recorded" or teacher names)."""
+
+    rule: str  # agreement | disagreement | recovered_error
+    chosen_by: list[str]
+    rejected_by: list[str]
+    source_ref: SourceRef
+    votes: int = 0
+    voters: int = 0
+
+
+class Pair(Record):
+    """(state, chosen action, rejected action, provenance): one preference of the replay_dpo channel."""
+
+    id: str
+    state_id: str
+    messages: list[Message]
+    chosen: Message
+    rejected: Message
+    provenance: Provenance
+    tools: dict[str, dict[str, Any]] = msgspec.field(default_factory=dict)
+    similarity: float = 0.0
+    weight: float = 1.0
+
+    def tool_schemas(self) -> list[dict[str, Any]]:
+        """Tools in the OpenAI function format."""
+        return [{"type": "function", "function": schema} for _, schema in sorted(self.tools.items())]
