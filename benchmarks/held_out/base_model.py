@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from composer_trl.hint_sources import FEEDBACK_HINT
 from composer_trl.hinted_turns import HintSplicer
-from task import INFORMATIVE, LENGTH, NAMES, OPERATIONS, UNINFORMATIVE, Task, prompt, strings
-from tokenizers import Regex, decoders, models, pre_tokenizers
+from task import CALL_LENGTH, INFORMATIVE, LENGTH, NAMES, OPERATIONS, UNINFORMATIVE, Task, prompt, strings
+from tokenizers import models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -34,13 +34,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     """Build a tokenizer of whole words and single digits that covers exactly the task's texts."""
     messages = [INFORMATIVE.format(name=n, operation=o) for n in NAMES for o in OPERATIONS]
     texts = [FEEDBACK_HINT.format(feedback=m) for m in [*messages, UNINFORMATIVE.format(name=NAMES[0])]]
-    split = pre_tokenizers.Split(Regex(r"\d|[a-z_A-Z]+|[^\s\w]|\s+"), behavior="isolated")
-    words = {piece for text in texts for piece, _ in split.pre_tokenize_str(text)}
-    plain = sorted(words | {"user", "assistant", "system", " ", "\n"} - set("0123456789"))
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *"0123456789", *plain])}
+    split = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+    words = {word for text in texts for word, _ in split.pre_tokenize_str(text)} | {"user", "assistant"}
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *"0123456789", *sorted(words)])}
     backend = Backend(models.WordLevel(vocabulary, unk_token="<|unk|>"))
     backend.pre_tokenizer = split
-    backend.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<|pad|>", bos_token="<|im_start|>", eos_token="<|im_end|>",
         unk_token="<|unk|>", padding_side="left",
@@ -50,13 +48,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """Return a Llama with random weights (3 layers, hidden size 64)."""
+    """Return a Llama with random weights (2 layers, hidden size 64)."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=True,
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=64, tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        initializer_range=0.05,
+        initializer_range=0.05, rope_parameters={"rope_type": "default", "rope_theta": 100.0},
     )  # fmt: skip
     return LlamaForCausalLM(config)
 
@@ -89,6 +87,7 @@ class PretrainingData:
         self.rng = np.random.default_rng(seed)
         self.task, self.contexts = task, contexts
         self.zero, self.eos = contexts.tokenizer.convert_tokens_to_ids(["0", "<|im_end|>"])
+        self.functions = {op: contexts.tokenizer.convert_tokens_to_ids(op) for op in OPERATIONS}
         pool = strings("pretraining")
         self.strings = np.array([[int(c) for c in s] for s in pool])
         self.answers = {op: np.array([[int(c) for c in f(s)] for s in pool]) for op, f in OPERATIONS.items()}
@@ -117,12 +116,13 @@ class PretrainingData:
             context = np.array(self.templates[name, hint])
             index = self.rng.integers(len(self.strings))
             context[context == self.zero] = self.strings[index] + self.zero
-            rows.append(np.concatenate([context, self.answers[followed][index] + self.zero, [self.eos]]))
+            call = [self.functions[followed], *(self.answers[followed][index] + self.zero), self.eos]
+            rows.append(np.concatenate([context, call]))
         ids = torch.from_numpy(np.stack(rows))
-        return ids, ids.shape[1] - LENGTH - 1
+        return ids, ids.shape[1] - CALL_LENGTH
 
 
-def pretrain(task: Task, *, seed: int, steps: int, batch_size: int = 192, lr: float = 3e-3):
+def pretrain(task: Task, *, seed: int, steps: int, batch_size: int = 128, lr: float = 4e-3):
     """Train the base model from random weights by next-token prediction on the answers.
 
     Returns:

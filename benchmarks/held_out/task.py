@@ -1,8 +1,8 @@
-"""The task: a tool with an opaque name and five digits go in, the tool's result comes out.
+"""The task: an opaque name and five digits go in, a function call with its result comes out.
 
-Each name secretly means one operation (reverse, rotate, ...). What a name means cannot be read off the prompt;
-a failed call can be answered by an error message that says it. Digit strings are split by hash into three
-disjoint parts: pre-training, RL prompts and held-out prompts.
+`zib 4 7 1 9 0` asks for `reverse 0 9 1 7 4` when `zib` secretly means `reverse`. What a name means cannot be read
+off the prompt; a failed attempt can be answered by an error message that says it. Digit strings are split by hash
+into three disjoint parts: pre-training, RL prompts and held-out prompts.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from itertools import product
 from typing import Literal
 
 LENGTH = 5
+CALL_LENGTH = LENGTH + 2  # tokens of a completion: function, digits, end of turn
 NAMES = ("zib", "mox", "lur", "kep", "dav", "fuz", "nog", "pel", "ryt", "sab", "tiv", "wem")
 OPERATIONS: dict[str, Callable[[str], str]] = {
     "reverse": lambda s: s[::-1],
@@ -32,8 +33,8 @@ _PARTS: tuple[Part, ...] = ("pretraining",) * 8 + ("train", "held_out")
 KINDS: dict[str, tuple[float, float]] = {"known": (0.70, 0.15), "confused": (0.25, 0.55), "rare": (0.05, 0.65)}
 
 #: What the environment says about a failed call, per feedback mode of an arm.
-UNINFORMATIVE = "{name} failed: wrong result"
-INFORMATIVE = "{name} failed: expected the {operation} operation"
+UNINFORMATIVE = "{name} failed: wrong function"
+INFORMATIVE = "{name} failed: use the function {operation}"
 
 
 def part_of(digits: str) -> Part:
@@ -66,8 +67,8 @@ class Task:
     prior: dict[str, dict[str, float]]
 
     def answer(self, name: str, digits: str) -> str:
-        """Return the right result of a call."""
-        return OPERATIONS[self.meaning[name]](digits)
+        """Return the right completion."""
+        return completion(self.meaning[name], digits)
 
 
 def make_task(seed: int) -> Task:
@@ -88,9 +89,18 @@ def make_task(seed: int) -> Task:
     return Task(meaning, kind, prior)
 
 
+def completion(operation: str, digits: str) -> str:
+    """Return the text of a call of `operation`: its name and its result.
+
+    >>> completion("reverse", "47190")
+    'reverse 0 9 1 7 4'
+    """
+    return " ".join([operation, *OPERATIONS[operation](digits)])
+
+
 def prompt(name: str, digits: str) -> list[dict[str, str]]:
-    """Return the conversational prompt of a call."""
-    return [{"role": "user", "content": f"{name} {digits}"}]
+    """Return the conversational prompt."""
+    return [{"role": "user", "content": " ".join([name, *digits])}]
 
 
 def calls(part: Part, per_name: int, seed: int) -> list[tuple[str, str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from composer_plugins.envs.linear_regex import Budget, LinearPattern
+from composer_plugins.envs.linear_regex import MAX_PATTERN, Budget, LinearPattern
 from composer_plugins.envs.tool_errors import ToolError
 
 #: File types of Grep's `type` argument (the part of ripgrep's list that agents use).
@@ -24,6 +24,8 @@ class Glob:
     """
 
     def __init__(self, pattern: str, *, any_depth: bool = False) -> None:
+        if len(pattern) > MAX_PATTERN:
+            raise ToolError(f"Error: invalid glob pattern: longer than {MAX_PATTERN} characters.")
         if any_depth and "/" not in pattern:
             pattern = "**/" + pattern
         try:

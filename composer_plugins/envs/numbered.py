@@ -119,20 +119,36 @@ def replace_text(text: str, old: str, new: str, *, replace_all: bool = False) ->
         raise several_matches(count, old)
     if not new and not old.endswith("\n") and old + "\n" in text:
         old += "\n"
-    return text.replace(old, sanitised(new), -1 if replace_all else 1)
+    return _whole_gaps(text.replace(old, sanitised(new), -1 if replace_all else 1))
 
 
-def snippet_of(before: str, after: str) -> str:
-    """Return the numbered lines around the first change between two texts, with four lines of context."""
-    old, new = before.split("\n"), after.split("\n")
-    start = 0
-    while start < min(len(old), len(new)) and old[start] == new[start]:
-        start += 1
-    tail = 0
-    while tail < min(len(old), len(new)) - start and old[-1 - tail] == new[-1 - tail]:
-        tail += 1
+def _whole_gaps(text: str) -> str:
+    """Return `text` with each line that an edit joined to an unknown one made unknown as a whole."""
+    if is_complete(text):
+        return text
+    lines = text.split("\n")
+    return "\n".join(UNKNOWN_REST if UNKNOWN_REST in x else UNKNOWN if UNKNOWN in x else x for x in lines)
+
+
+def snippet_of(before: str, after: str, old: str, new: str) -> str:
+    """Return the numbered lines of `after` around the first replaced text, with four lines of context."""
+    start = before.partition(old)[0].count("\n")
     low = max(0, start - SNIPPET_CONTEXT)
-    return format_numbered(new[low : len(new) - tail + SNIPPET_CONTEXT], low + 1)
+    lines = after.split("\n")
+    return format_numbered(lines[low : start + new.count("\n") + 1 + SNIPPET_CONTEXT], low + 1)
+
+
+def contradicts(text: str, first: int, lines: Sequence[str], *, to_end: bool) -> bool:
+    """Return whether a listing shows another file than the known lines of `text`."""
+    known = text.split("\n")
+    open_end = known[-1] == UNKNOWN_REST
+    if open_end:
+        known.pop()
+    end = first - 1 + len(lines)
+    if (to_end and len(known) > end) or (not open_end and len(known) < end):
+        return True
+    pairs = zip(known[first - 1 : end], lines, strict=False)
+    return any(old not in (UNKNOWN, new) and len(new) < READ_COLUMNS for old, new in pairs)
 
 
 def replay_edit(text: str | None, old: str, new: str, *, replace_all: bool, result: str) -> str | None:

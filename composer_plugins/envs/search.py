@@ -10,7 +10,7 @@ from composer_plugins.envs.globs import FILE_TYPES, Glob
 from composer_plugins.envs.linear_regex import Budget, LinearPattern
 from composer_plugins.envs.numbered import UNKNOWN, UNKNOWN_REST
 from composer_plugins.envs.shell import children
-from composer_plugins.envs.tool_errors import ToolError, flag_argument, integer_argument, invalid_argument
+from composer_plugins.envs.tool_errors import NOT_RECORDED, ToolError, flag_argument, integer_argument, invalid_argument
 
 MODES = ("files_with_matches", "content", "count")
 #: Grep's arguments whose names are not Python names, as Claude Code spells them.
@@ -40,7 +40,7 @@ def grep_options(
     around = integer_argument("Grep", "-C", flags.get("-C")) or 0
     spanning = flag_argument("Grep", "multiline", multiline)
     if spanning and mode != "files_with_matches":
-        raise ToolError("Error: in a recorded session, multiline works with output_mode files_with_matches only.")
+        raise ToolError(f"{NOT_RECORDED} multiline search with another output_mode than files_with_matches")
     ignore_case = flag_argument("Grep", "-i", flags.get("-i"))
     return GrepOptions(
         pattern=LinearPattern(pattern, ignore_case=ignore_case, dot_all=spanning),
@@ -108,7 +108,10 @@ def _matching_lines(text: str, pattern: LinearPattern, budget: Budget) -> list[i
 def _context_rows(name: str, lines: list[str], hits: list[int], options: GrepOptions) -> list[str]:
     """Return one file's rows: `name:number:line` for a match, `-` instead of `:` around it, `--` between groups."""
     last = len(lines) - (lines[-1] == "")
-    shown = sorted({i for h in hits for i in range(max(0, h - options.before), min(last, h + options.after + 1))})
+    shown: list[int] = []
+    for hit in hits:  # in order, and each line once, however wide the context
+        low = max(0, hit - options.before, shown[-1] + 1 if shown else 0)
+        shown.extend(range(low, min(last, hit + options.after + 1)))
     matched, rows, previous = set(hits), [], None
     for index in shown:
         if previous is not None and index > previous + 1 and (options.before or options.after):

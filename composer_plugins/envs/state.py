@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from composer_plugins.envs import shell
-from composer_plugins.envs.recorded import Event, Recordings, Snapshot, Timeline, failure_text
+from composer_plugins.envs.events import Event, absolute, failure_text
+from composer_plugins.envs.recorded import Recordings, Snapshot, Timeline
 from composer_plugins.envs.tool_errors import MAX_TEXT, ToolError, text_argument
 from composer_plugins.envs.tool_method import SMALLEST_RESULT
 from composer_plugins.errors import ConfigError
@@ -66,8 +67,7 @@ class WorkspaceState:
 
     def _resolve(self, path: str) -> str:
         """Return the absolute path meant by `path`. Raises `ToolError` when several known files fit."""
-        joined = posixpath.normpath(posixpath.join(self._snapshot.cwd, path))
-        joined = "/" + joined.lstrip("/")
+        joined = absolute(self._snapshot.cwd, path)
         if path.startswith("/") or joined in self._files or self._is_directory(joined):
             return joined
         ending = "/" + posixpath.normpath(path)

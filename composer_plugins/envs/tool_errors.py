@@ -9,10 +9,11 @@ NOT_READ = "File has not been read yet. Read it first before writing to it."
 SAME_STRINGS = "No changes to make: old_string and new_string are exactly the same."
 EXISTS = "Cannot create new file - file already exists."
 IS_DIRECTORY = "EISDIR: illegal operation on a directory, read"
-REJECTED = (
-    "The user doesn't want to proceed with this tool use. The tool use was rejected "
-    "(eg. if it was a file edit, the new_string was NOT written to the file)."
-)
+REJECTED = "The user doesn't want to proceed with this tool use. To tell you how to proceed, the user said:"
+
+#: How every error begins that says nothing about the agent's call, only that the log cannot answer it. What
+#: learns from errors should leave these out.
+NOT_RECORDED = "Error: not recorded in this session:"
 
 #: Longest text a tool takes or a file may grow to, in characters: keeps every call fast.
 MAX_TEXT = 2_000_000

@@ -17,6 +17,7 @@ from composer_plugins.envs.tool_errors import (
     MAX_TEXT,
     NOT_FOUND,
     NOT_READ,
+    NOT_RECORDED,
     ToolError,
     flag_argument,
     integer_argument,
@@ -73,7 +74,7 @@ class RecordedWorkspace(WorkspaceState):
                 f"({first}). The file has {len(lines)} lines.</system-reminder>"
             )
         if not set(shown) - {numbered.UNKNOWN, numbered.UNKNOWN_REST}:
-            raise ToolError(f"Error: these lines of {posixpath.basename(path)} were not recorded in this session.")
+            raise ToolError(f"{NOT_RECORDED} these lines of {posixpath.basename(path)}")
         self._read.add(path)
         if lines == [""]:
             return "<system-reminder>Warning: the file exists but the contents are empty.</system-reminder>"
@@ -137,7 +138,7 @@ class RecordedWorkspace(WorkspaceState):
             return (
                 f"The file {path} has been updated. All occurrences of '{old}' were successfully replaced with '{new}'."
             )
-        return self._updated(path, numbered.snippet_of(before, after))
+        return self._updated(path, numbered.snippet_of(before, after, old, new))
 
     @tool()
     def Glob(self, pattern: str, path: str | None = None) -> str:
@@ -187,12 +188,12 @@ class RecordedWorkspace(WorkspaceState):
             if value is not None:
                 text_argument("Grep", name, value)
         root = self._root("Grep", path)
-        options = search.grep_options(pattern, output_mode, _flags, head_limit, multiline)
         arguments = {"pattern": pattern, "path": path, "glob": glob, "type": type, "output_mode": output_mode}
         arguments |= {"head_limit": head_limit, "multiline": multiline, **_flags}
         recorded = self._recorded("Grep", arguments, same_files=True)
         if recorded is not None:
             return recorded
+        options = search.grep_options(pattern, output_mode, _flags, head_limit, multiline)
         budget = Budget()
         chosen = search.select_files(self._files, root, glob, type, budget)
         return search.grep(self._files, chosen, root in self._files, options, budget)
@@ -242,7 +243,7 @@ class RecordedWorkspace(WorkspaceState):
         if recorded is None:
             recorded = self._recorded("Bash", arguments, same_files=False)
         if recorded is None:
-            raise ToolError(f"Error: command not recorded in this session, so it has no result: {command[:60]}")
+            raise ToolError(f"{NOT_RECORDED} the command {command[:80]}")
         return recorded
 
     @tool()

@@ -109,7 +109,7 @@ def y_range(values: Sequence[float]) -> tuple[float, float]:
         high = 0.0
     if high - low <= max(1e-9 * max(abs(low), abs(high)), TINY):
         pad = abs(high) * 0.5 if abs(high) > TINY else 1.0
-        return (0.0, high + pad) if high >= 0 else (low - pad, 0.0)
+        return (low - pad, max(high, 0.0)) if low < 0 else (0.0, high + pad)
     pad = 0.06 * (high - low)
     return low - pad if low else low, high + pad if high else high
 

@@ -180,10 +180,7 @@ def drawing_note(run: Run) -> str:
             f"{-(-count // (charts.MAX_POINTS // 2))} steps, so no spike is lost; min, max and last are over all steps."
         )
     if count >= charts.SMOOTH_FROM:
-        notes.append(
-            f"The strong line is the mean over {2 * (count // 40) + 1} neighbouring steps, the faint one the raw "
-            "values."
-        )
+        notes.append("The strong line is a running mean over a twentieth of the values, the faint one the raw values.")
     return " ".join(notes)
 
 

@@ -38,14 +38,14 @@ class Scale:
         return sum(abs(nats) >= t for t in self.thresholds)
 
     def legend(self) -> list[tuple[str, str]]:
-        """Return (CSS class, text) per step, from the most negative to the most positive."""
+        """Return (CSS class, text of |nats|) per step, from the most negative to the most positive."""
         t = [number(v) for v in self.thresholds]
         texts = [f"< {t[0]}", *(f"{a}–{b}" for a, b in pairwise(t)), f"≥ {t[-1]}"]
         up = [(f"k{i}", text) for i, text in enumerate(texts)]
         if not self.signed:
             return up
-        down = [(f"n{i}", f"-({text})" if "–" in text else f"≤ -{t[-1]}") for i, text in enumerate(texts) if i]
-        return [*reversed(down), ("k0", f"±{t[0]}"), *up[1:]]
+        down = [(f"n{i}", text) for i, text in enumerate(texts) if i]
+        return [*reversed(down), *up]
 
 
 @dataclass(frozen=True)

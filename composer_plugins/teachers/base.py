@@ -11,6 +11,8 @@ from composer_plugins.traces.schema import Message, Replay, State
 REASONS = (
     "timeout", "connection", "rate_limited", "server_error", "refused", "auth", "malformed", "too_long", "internal",
 )  # fmt: skip
+#: Those that say something about the server and not about the state.
+TRANSPORT = ("timeout", "connection", "rate_limited", "server_error")
 
 
 class Teacher(Protocol):

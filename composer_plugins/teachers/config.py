@@ -194,7 +194,9 @@ def parse_teachers(data: dict[str, Any], *, where: str = "the teachers file") ->
         except ConfigError as error:
             lines.append(str(error))
     names = [config.name for config in configs]
-    lines += [f"`teachers`: the name {n!r} is used {names.count(n)} times." for n in sorted(set(names)) if names.count(n) > 1]
+    lines += [
+        f"`teachers`: the name {n!r} is used {names.count(n)} times." for n in sorted(set(names)) if names.count(n) > 1
+    ]
     if "recorded" in names:
         lines.append("`teachers`: the name 'recorded' is taken; it stands for the logged agent in pairs.")
     if lines:
@@ -202,19 +204,26 @@ def parse_teachers(data: dict[str, Any], *, where: str = "the teachers file") ->
     return configs
 
 
-def build_teachers(configs: list[TeacherConfig]) -> Iterator[Teacher]:
-    """Yield the teachers one by one, so that only one set of weights is loaded when the caller closes each.
+def build_teachers(configs: list[TeacherConfig]) -> list[Teacher]:
+    """Build every teacher, before any is asked: a missing key or model shows at once, not after an hour.
 
     Raises:
-        TeacherError: a section would do something it must not (all of them are listed, before any is built),
-            or a teacher cannot be built.
+        TeacherError: a section would do something it must not (all of them are listed), or a key is missing.
+        ModelError: a local model cannot be found.
     """
     from composer_plugins.plugins import get_plugin_manager
 
     if problems := [problem for config in configs for problem in config.problems()]:
         raise TeacherError("\n".join(problems))
-    for config in configs:
-        yield get_plugin_manager().teachers.get(config.kind).load()(config)
+    built: list[Teacher] = []
+    try:
+        for config in configs:
+            built.append(get_plugin_manager().teachers.get(config.kind).load()(config))
+    except BaseException:
+        for teacher in built:
+            teacher.close()
+        raise
+    return built
 
 
 def _parse_one(item: object, where: str) -> TeacherConfig:

@@ -13,7 +13,7 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from composer_plugins.errors import ModelError, TeacherError
+from composer_plugins.errors import TeacherError
 from composer_plugins.teachers.base import answer
 from composer_plugins.teachers.chat import ChatReply, action_of, request_of, text_reply
 from composer_plugins.teachers.config import LocalConfig, fingerprint
@@ -26,15 +26,22 @@ if TYPE_CHECKING:
     from composer_plugins.models.resolve import ResolvedModel
 
 
-class Weights:
-    """A model and its tokenizer, loaded once for all teachers that share them."""
+class SharedWeights:
+    """A model and its tokenizer, loaded on first use, once for all teachers that hold the same object."""
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, resolved: ResolvedModel, config: LocalConfig) -> None:
+        self._resolved, self._config = resolved, config
+        self._loaded: tuple[Any, Any] | None = None
+
+    def get(self) -> tuple[Any, Any]:
+        """Return (model, tokenizer). Raises `ModelError` or `TeacherError` when they cannot be loaded."""
+        if self._loaded is None:
+            self._loaded = load_weights(self._resolved, self._config)
+        return self._loaded
 
 
-#: Alive as long as a teacher holds them.
-_LOADED: weakref.WeakValueDictionary[tuple[str, bool, str | None], Weights] = weakref.WeakValueDictionary()
+#: By (weights hash, warm start, adapter hash); alive as long as a teacher holds them.
+_SHARED: weakref.WeakValueDictionary[tuple[str, bool, str | None], SharedWeights] = weakref.WeakValueDictionary()
 
 
 class LocalTeacher:
@@ -62,24 +69,25 @@ class LocalTeacher:
         adapter = _adapter_hash(config) if config.adapter else None
         fields = config.fingerprint_fields() | {"sha256": self.resolved.sha256, "adapter": adapter}
         self.fingerprint = fingerprint(fields)
-        self._place = (self.resolved.sha256, config.warm_start, adapter)
-        self._weights: Weights | None = None
+        place = (self.resolved.sha256, config.warm_start, adapter)
+        self._weights: SharedWeights | None = _SHARED.setdefault(place, SharedWeights(self.resolved, config))
 
     def ask(self, states: list[State], *, sample: int = 0) -> list[Replay]:
         """Answer each state once, all in one left-padded batch, see the protocol."""
         if self._weights is None:
-            self._weights = load_weights(self.resolved, self.config, self._place)
+            raise TeacherError(f"Teacher {self.name!r} is closed.")
+        model, tokenizer = self._weights.get()
         start = time.perf_counter()
         prompts, replays = {}, {}
         for number, state in enumerate(states):
             try:
-                prompts[number] = self._prompt(state)
+                prompts[number] = self._prompt(state, model, tokenizer)
             except _Unaskable as error:
                 replays[number] = answer(self, state, sample, error=str(error))
         if prompts:
             seeds = [self._seed(states[number], sample) for number in prompts]
             try:
-                replies = generate(self._weights, list(prompts.values()), seeds, self.config)
+                replies = generate(model, tokenizer, list(prompts.values()), seeds, self.config)
             except RuntimeError as error:  # torch: out of memory, numerical failure
                 replies = [f"internal: generation failed: {' '.join(str(error).split())[:300]}"] * len(prompts)
             seconds = (time.perf_counter() - start) / len(prompts)
@@ -100,19 +108,19 @@ class LocalTeacher:
             prompt_tokens=reply.usage.prompt_tokens, completion_tokens=reply.usage.completion_tokens, seconds=seconds,
         )  # fmt: skip
 
-    def _prompt(self, state: State) -> list[int]:
+    def _prompt(self, state: State, model: Any, tokenizer: Any) -> list[int]:
         """Return the prompt's token ids. Raises `_Unaskable` when it and an answer do not fit the model."""
         import jinja2
 
-        request, weights = request_of(state, system=self.config.system), self._weights
+        request = request_of(state, system=self.config.system)
         try:
-            ids = weights.tokenizer.apply_chat_template(
+            ids = tokenizer.apply_chat_template(
                 request.messages, tools=request.tools or None, add_generation_prompt=True, tokenize=True,
                 return_dict=False,
             )  # fmt: skip
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise _Unaskable(f"refused: the chat template cannot render this state: {error}") from error
-        window = getattr(weights.model.config, "max_position_embeddings", None)
+        window = getattr(model.config, "max_position_embeddings", None)
         if window and len(ids) + self.config.max_tokens > window:
             raise _Unaskable(
                 f"too_long: {len(ids)} prompt tokens + {self.config.max_tokens} for the answer exceed the model's "
@@ -129,10 +137,8 @@ class _Unaskable(Exception):
     """A state that cannot be asked; the text is "<reason>: <detail>"."""
 
 
-def load_weights(resolved: ResolvedModel, config: LocalConfig, place: tuple[str, bool, str | None]) -> Weights:
-    """Return the weights at `place` (hash, warm start, adapter hash), loading them unless a teacher holds them."""
-    if (found := _LOADED.get(place)) is not None:
-        return found
+def load_weights(resolved: ResolvedModel, config: LocalConfig) -> tuple[Any, Any]:
+    """Return (model, tokenizer) with the tool template, warm start and adapter that `config` asks for."""
     from composer_plugins.models.loading import load_model
     from composer_plugins.models.toolcalls import install_tool_template
 
@@ -145,9 +151,7 @@ def load_weights(resolved: ResolvedModel, config: LocalConfig, place: tuple[str,
         model = apply_warm_start(model) or model
     if config.adapter:
         model = _with_adapter(model, config)
-    model.eval()
-    weights = _LOADED[place] = Weights(model, tokenizer)
-    return weights
+    return model.eval(), tokenizer
 
 
 def renders_tools(tokenizer: Any) -> bool:
@@ -160,11 +164,13 @@ def renders_tools(tokenizer: Any) -> bool:
     return "zq_probe" in text
 
 
-def generate(weights: Weights, prompts: list[list[int]], seeds: list[int], config: LocalConfig) -> list[ChatReply]:
+def generate(
+    model: Any, tokenizer: Any, prompts: list[list[int]], seeds: list[int], config: LocalConfig
+) -> list[ChatReply]:
     """Sample one answer per prompt in one batch.
 
     Args:
-        weights: model and tokenizer.
+        model, tokenizer: from `load_weights`.
         prompts: token ids, one list per row; left-padded here.
         seeds: one per row; a row's random numbers do not depend on the others.
         config: temperature, top_p and max_tokens.
@@ -172,7 +178,6 @@ def generate(weights: Weights, prompts: list[list[int]], seeds: list[int], confi
     import torch
     from transformers import LogitsProcessorList
 
-    tokenizer, model = weights.tokenizer, weights.model
     width, pad = max(map(len, prompts)), tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
@@ -242,6 +247,3 @@ def _adapter_hash(config: LocalConfig) -> str:
             f"{folder}, found none."
         )
     return hashlib.sha256("".join(f"{f.name}:{file_sha256(f)}\n" for f in files).encode()).hexdigest()[:16]
-
-
-__all__ = ["LocalTeacher", "ModelError", "Weights", "generate", "load_weights", "renders_tools", "stop_ids"]

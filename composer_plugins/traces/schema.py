@@ -89,7 +89,8 @@ class Step(Record):
     """One model inference: its state is `trace.messages[state_start:action]`, its action one message.
 
     `state_start` > 0 after a compaction. `trainable` is false for synthetic, API-error, copied and
-    interrupted steps.
+    interrupted steps. `inexact` says why `history_exact` is false: system_prompt (the log does not record
+    it), compaction, microcompaction, attachment, missing_result, unlinked or damaged_line.
     """
 
     index: int
@@ -98,6 +99,7 @@ class Step(Record):
     state_start: int = 0
     results: list[ToolResult] = msgspec.field(default_factory=list)
     history_exact: bool = True
+    inexact: list[str] = msgspec.field(default_factory=list)
     trainable: bool = True
     model: str | None = None
     not_trainable_reason: str | None = None
@@ -152,6 +154,7 @@ class Cut(Record):
     messages_dropped: int = 0
     messages_shortened: int = 0
     tokens_removed: int = 0
+    tools_dropped: int = 0
 
 
 class State(Record):

@@ -1,5 +1,6 @@
 """A tiny real model and tokenizer, made here: no hub, seconds on a CPU."""
 
+import functools
 import os
 
 import pytest
@@ -18,45 +19,52 @@ SENTENCES = [
 ]
 
 
-@pytest.fixture(scope="session")
-def tokenizer():
-    from composer_plugins.models.toolcalls import install_tool_template
+def build_tokenizer():
+    """A small byte-level BPE with the ChatML tool template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
+
+    from composer_plugins.models.toolcalls import install_tool_template
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     bpe.train_from_iterator(SENTENCES, trainer)
-    fast = PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", bos_token="<|im_start|>"
     )
-    fast.padding_side = "left"
-    return install_tool_template(fast)
+    tokenizer.padding_side = "left"
+    return install_tool_template(tokenizer)
+
+
+def build_model(tokenizer, *, seed: int = 0, **options):
+    """A tiny Llama with random weights, the same for the same seed."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    settings = dict(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id, tie_word_embeddings=True,
+        initializer_range=0.2,
+    )  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(**{**settings, **options}))
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return build_tokenizer()
 
 
 @pytest.fixture
 def make_model(tokenizer):
     """Build the same tiny Llama every time it is called."""
-
-    def make(seed: int = 0, **options):
-        import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        torch.manual_seed(seed)
-        settings = dict(
-            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-            pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=tokenizer.bos_token_id, tie_word_embeddings=True,
-        )  # fmt: skip
-        return LlamaForCausalLM(LlamaConfig(**{**settings, **options}))
-
-    return make
+    return functools.partial(build_model, tokenizer)
 
 
 @pytest.fixture

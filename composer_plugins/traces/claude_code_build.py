@@ -1,0 +1,308 @@
+"""From the records of one conversation to a trace: messages, steps, results."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_left
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from composer_plugins.traces.classify import classify_text
+from composer_plugins.traces.claude_code_records import Block, Line, blocks_of
+from composer_plugins.traces.claude_code_tree import INTERRUPTED, Conversation, Node, injected_kind
+from composer_plugins.traces.schema import Message, SourceRef, Status, Step, ToolCall, ToolResult
+
+IMAGE = "[image]"
+NO_RESULT = "[no result in the log]"
+USAGE = ("input_tokens", "output_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
+
+
+@dataclass(slots=True, eq=False)
+class Inference:
+    """One model inference, gathered from the lines that share its `message.id`."""
+
+    node: Node
+    own: bool
+    start: int
+    inexact: list[str]
+    texts: list[str] = field(default_factory=list)
+    thinking: list[str] = field(default_factory=list)
+    calls: dict[str, ToolCall] = field(default_factory=dict)
+    results: dict[str, ToolResult] = field(default_factory=dict)
+    usage: dict[str, Any] = field(default_factory=dict)
+    interrupted: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class UserText:
+    """A user message; `injected` says what put it there when it was not the user."""
+
+    content: str
+    injected: str | None
+
+
+class Builder:
+    """Builds the messages and steps of one conversation.
+
+    Args:
+        source: file name for `SourceRef`.
+        damaged: sorted numbers of lines that were lost; steps after one have an inexact history.
+    """
+
+    def __init__(self, source: str, damaged: list[int]) -> None:
+        self.source, self.damaged = source, damaged
+        self.items: list[Inference | UserText] = []
+        self.by_message: dict[str, Inference] = {}
+        self.by_call: dict[str, Inference] = {}
+        self.reasons: list[str] = ["system_prompt"]  # Claude Code does not log its system prompt
+        self.start = 0
+        self.images = 0
+        self.blocks: Counter[str] = Counter()
+        self.compactions = self.cleared = 0
+        self.messages: list[Message] = []
+        self.steps: list[Step] = []
+        self.injected: list[list[Any]] = []
+
+    def add(self, node: Node, *, own: bool) -> str | None:
+        """Take one record; return why it led to nothing, or None when it was used."""
+        if node.kind == "compact":
+            self._compact()
+            return None
+        if node.kind == "micro":
+            self.cleared += len(cleared_ids(node.record))
+            self._inexact("microcompaction")
+            return None
+        if node.dangling or (node.parent is None and self.items and node.kind == "user" and own):
+            if not node.record.isCompactSummary:
+                self._inexact("unlinked")
+        if node.kind == "assistant":
+            return self._assistant(node, own)
+        return self._user(node.record, node.line)
+
+    def attachment(self) -> None:
+        """Something that the log does not spell out entered the context."""
+        self._inexact("attachment")
+
+    def _inexact(self, reason: str) -> None:
+        if reason not in self.reasons:
+            self.reasons = [*self.reasons, reason]
+
+    def _compact(self) -> None:
+        self.start = len(self.items)
+        self.compactions += 1
+        self._inexact("compaction")
+
+    def _assistant(self, node: Node, own: bool) -> str | None:
+        body = node.record.message
+        key = body.id or node.record.uuid or f"line {node.line}"
+        inference = self.by_message.get(key)
+        fresh = inference is None
+        if fresh:
+            inference = Inference(node, own, self.start, self._reasons_at(node.line))
+        taken = [self._take(inference, block) for block in blocks_of(body)]
+        if body.usage:
+            inference.usage = body.usage
+        if not any(taken) and not fresh:
+            return "duplicate"
+        if fresh:
+            self.by_message[key] = inference
+            self.items.append(inference)
+        return None
+
+    def _reasons_at(self, line: int) -> list[str]:
+        if self.damaged and bisect_left(self.damaged, line) > 0:
+            self._inexact("damaged_line")
+        return self.reasons
+
+    def _take(self, inference: Inference, block: Block) -> bool:
+        """Add one block; False when the inference has it already or it is of no use."""
+        if block.type == "text":
+            if not block.text or block.text in inference.texts:
+                return False
+            inference.texts.append(block.text)
+        elif block.type == "thinking":
+            if not block.thinking or block.thinking in inference.thinking:
+                return False
+            inference.thinking.append(block.thinking)
+        elif block.type == "tool_use" and block.id and block.name:
+            if block.id in self.by_call:
+                return False
+            inference.calls[block.id] = to_call(block)
+            self.by_call[block.id] = inference
+        else:
+            self.blocks[block.type] += 1
+            return False
+        return True
+
+    def _user(self, record: Line, line: int) -> str | None:
+        texts, answered, orphans = [], False, 0
+        for block in blocks_of(record.message):
+            if block.type == "tool_result" or block.tool_use_id:
+                taken = self._result(block, line)
+                answered, orphans = answered or taken, orphans + (not taken)
+            elif block.type == "text":
+                texts.append(block.text or "")
+            elif block.type in ("image", "document"):
+                texts.append(IMAGE if block.type == "image" else "[document]")
+                self.images += block.type == "image"
+            else:
+                self.blocks[block.type] += 1
+        content = "\n\n".join(t for t in texts if t)
+        if not content:
+            return None if answered else "orphan_result" if orphans else "empty_message"
+        kind = injected_kind(record)
+        if kind == "compact_summary" and "compaction" not in self.reasons:
+            self._compact()  # a session that starts with the summary of another one
+        if kind == "interruption":
+            self._interrupt(content, line)
+        self.items.append(UserText(content, kind))
+        return None
+
+    def _result(self, block: Block, line: int) -> bool:
+        inference = self.by_call.get(block.tool_use_id or "")
+        if inference is None or block.tool_use_id in inference.results:
+            return False
+        text, images = text_of(block.content)
+        self.images += images
+        call = inference.calls[block.tool_use_id]
+        status, error_class, exit_code = classify_text(text, flagged=bool(block.is_error), tool=call.name)
+        inference.results[call.id] = ToolResult(
+            call_id=call.id, content=text, status=status, error_class=error_class, exit_code=exit_code,
+            source_ref=SourceRef(file=self.source, line=line),
+        )  # fmt: skip
+        return True
+
+    def _interrupt(self, text: str, line: int) -> None:
+        last = next((item for item in reversed(self.items) if isinstance(item, Inference)), None)
+        if last is None:
+            return
+        waiting = [call for call in last.calls if call not in last.results]
+        for call in waiting:
+            last.results[call] = ToolResult(
+                call_id=call, content=text, status=Status.INTERRUPTED, error_class="interrupted",
+                source_ref=SourceRef(file=self.source, line=line),
+            )  # fmt: skip
+        if not last.calls and self.items[-1] is last:
+            last.interrupted = True
+
+    def finish(self) -> None:
+        """Lay the items out as chat messages: an action, then the results of its calls, in call order."""
+        starts, missing = [], False
+        for position, item in enumerate(self.items):
+            starts.append(len(self.messages))
+            if isinstance(item, UserText):
+                if item.injected:
+                    self.injected.append([len(self.messages), item.injected])
+                self.messages.append(Message(role="user", content=item.content))
+                continue
+            self._step(item, starts, missing)
+            last = position == len(self.items) - 1
+            for call in item.calls.values():
+                result = item.results.get(call.id)
+                if result is None:
+                    missing = True
+                    if last:
+                        continue
+                self.messages.append(
+                    Message(
+                        role="tool", content=NO_RESULT if result is None else result.content,
+                        tool_call_id=call.id, name=call.name,
+                    )
+                )  # fmt: skip
+
+    def _step(self, item: Inference, starts: list[int], missing: bool) -> None:
+        action = Message(
+            role="assistant", content="\n\n".join(item.texts), tool_calls=list(item.calls.values()),
+            thinking="\n\n".join(item.thinking) or None,
+        )  # fmt: skip
+        self.messages.append(action)
+        if not item.own:
+            return
+        inexact = [*item.inexact, *(["missing_result"] if missing else [])]
+        results = [item.results.get(c) or ToolResult(call_id=c, content="", status=Status.MISSING) for c in item.calls]
+        start = starts[item.start] if item.start < len(starts) else 0
+        reason = not_trainable(item, action, results)
+        self.steps.append(
+            Step(
+                index=len(self.steps), action=len(self.messages) - 1, state_start=start, results=results,
+                source_ref=SourceRef(file=self.source, line=item.node.line), history_exact=not inexact,
+                inexact=inexact, model=item.node.record.message.model, trainable=reason is None,
+                not_trainable_reason=reason,
+            )
+        )  # fmt: skip
+
+    def usage(self) -> dict[str, int]:
+        """Token counts over the inferences; of split lines the last one counts."""
+        total: Counter[str] = Counter()
+        for item in self.items:
+            if isinstance(item, Inference) and item.own:
+                total.update({k: v for k in USAGE if isinstance(v := item.usage.get(k), int)})
+        return dict(total)
+
+
+def not_trainable(item: Inference, action: Message, results: list[ToolResult]) -> str | None:
+    """Why a step must not be trained on, or None."""
+    record = item.node.record
+    if record.isApiErrorMessage:
+        return "api_error"
+    if record.message.model == "<synthetic>":
+        return "synthetic"
+    if item.interrupted or any(r.status is Status.INTERRUPTED for r in results):
+        return "interrupted"
+    if not action.content and not action.tool_calls:
+        return "empty_action"
+    return None
+
+
+def to_call(block: Block) -> ToolCall:
+    """A call block; arguments that are not an object are kept raw."""
+    if isinstance(block.input, dict):
+        return ToolCall(id=block.id, name=block.name, arguments=block.input)
+    if isinstance(block.input, str):
+        try:
+            parsed = json.loads(block.input)
+        except ValueError:
+            return ToolCall(id=block.id, name=block.name, raw_arguments=block.input)
+        if isinstance(parsed, dict):
+            return ToolCall(id=block.id, name=block.name, arguments=parsed)
+    if block.input is None:
+        return ToolCall(id=block.id, name=block.name)
+    return ToolCall(id=block.id, name=block.name, raw_arguments=msgspec.json.encode(block.input).decode())
+
+
+def text_of(content: Any) -> tuple[str, int]:
+    """Text of a tool result, and how many images were replaced by a placeholder."""
+    if content is None:
+        return "", 0
+    if isinstance(content, str):
+        return content, 0
+    parts = content if isinstance(content, list) else [content]
+    texts, images = [], 0
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "image":
+            texts.append(IMAGE)
+            images += 1
+        elif isinstance(part, dict) and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        else:
+            texts.append(part if isinstance(part, str) else msgspec.json.encode(part).decode())
+    return "\n".join(texts), images
+
+
+def cleared_ids(record: Line) -> list[str]:
+    """Calls whose results a micro-compaction cleared."""
+    nested = (record.microcompactMetadata or {}).get("compactedToolIds")
+    return record.compactedToolIds or (nested if isinstance(nested, list) else [])
+
+
+def conversation_name(conversation: Conversation) -> str:
+    """Trace id: the session, and for a sub-agent its name."""
+    session = conversation.session_id or "no-session"
+    return session if conversation.agent_id is None else f"{session}/{conversation.agent_id}"
+
+
+__all__ = ["INTERRUPTED", "Builder", "conversation_name"]
