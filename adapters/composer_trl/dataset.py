@@ -8,11 +8,11 @@ from collections import defaultdict
 from typing import Any
 
 import msgspec
-from composer_plugins.preferences.votes import majority_actions
 from datasets import Dataset
 
 from composer_plugins.errors import TraceError
 from composer_plugins.models.toolcalls import render_action
+from composer_plugins.preferences.votes import opinions_of, tally
 from composer_plugins.traces.schema import Message, Replay, State, Status
 from composer_plugins.traces.store import read_stage
 from composer_trl.recipe import DataConfig
@@ -29,9 +29,7 @@ def read_rows(config: DataConfig) -> list[dict[str, Any]]:
     """
     states = [s for s in read_stage(config.states, State) if s.trainable]
     recoveries = _recoveries(states)
-    majorities: dict[str, Message] = {}
-    if config.replays is not None:
-        majorities = majority_actions(list(read_stage(config.replays, Replay)))
+    majorities = _majorities(states, config)
     hinted = [s for s in states if s.hint is not None]
     others = [] if config.only_hinted else [s for s in states if s.hint is None and s.action.tool_calls]
     mixed = [s for pair in itertools.zip_longest(hinted, others) for s in pair if s is not None][: config.limit]
@@ -70,6 +68,22 @@ def _row(state: State, majority: Message | None, recovery: Message | None, *, wi
 
 def _text(message: Message) -> str:
     return render_action(message) if message.role == "assistant" else message.content
+
+
+def _majorities(states: list[State], config: DataConfig) -> dict[str, Message]:
+    """The action that most independent teachers agree on, by state."""
+    if config.replays is None:
+        return {}
+    by_state: dict[str, list[Replay]] = defaultdict(list)
+    for replay in read_stage(config.replays, Replay):
+        by_state[replay.state_id].append(replay)
+    found = {}
+    for state in states:
+        opinions = opinions_of(state, by_state[state.id])
+        winner = tally(opinions).majority(min_votes=2)
+        if winner is not None:
+            found[state.id] = next(o.replay.action for o in opinions if o.canonical == winner)
+    return found
 
 
 def _recoveries(states: list[State]) -> dict[str, Message]:

@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Callable
 
 from composer_plugins.envs.recorded import RecordedWorkspace
-
 from composer_plugins.traces.schema import Trace
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from composer_plugins.channels.silence import SilenceMonitor
 from transformers import TrainerCallback
 
 from composer_plugins.channels.base import Term
+from composer_plugins.channels.silence import SilenceMonitor
 from composer_plugins.config import ComposerConfig
 from composer_trl.step_metrics import GradientProbe, StepMetrics
 
@@ -44,10 +44,10 @@ class StepMonitor(TrainerCallback):
         totals = {f"{c}/loss" for c in self.channels} | {"policy/active_tokens"}
         means = set()
         if config.policy.objective != "host":
-            means |= {"entropy", "policy/clip_fraction", "policy/ratio"}
+            means |= {"entropy", "policy/clip_fraction", "policy/ratio", "policy/kl"}
         if "sdpo" in self.channels:
-            totals |= {"sdpo/active_tokens", "sdpo/hinted_turns", "sdpo/abs_divergence", "sdpo/too_long"}
-            means |= {"sdpo/divergence"}
+            totals |= {"sdpo/tokens", "sdpo/active_tokens", "sdpo/hinted_turns", "sdpo/too_long"}
+            means |= {"sdpo/divergence", "sdpo/is_weight"}
         if "replay_dpo" in self.channels:
             totals |= {"replay_dpo/pairs"}
             means |= {f"replay_dpo/{m}" for m in ("accuracy", "margin", "chosen_shift", "rejected_shift")}
@@ -61,16 +61,16 @@ class StepMonitor(TrainerCallback):
 
     def policy(self, term: Term, mask: torch.Tensor) -> None:
         """Record the policy term's own metrics."""
-        self._means(term, ("policy/clip_fraction", "policy/ratio"), float(mask.sum()))
+        self._means(term, ("policy/clip_fraction", "policy/ratio", "policy/kl"), float(mask.sum()))
 
     def sdpo(
         self, term: Term, turns: list[tuple[int, HintedTurn]], divergence: torch.Tensor, channel: SDPOChannel
     ) -> None:
         """Record an sdpo term, and the first few of its error turns token by token."""
-        self.metrics.add("sdpo/active_tokens", divergence.numel())
         self.metrics.add("sdpo/hinted_turns", len(turns))
-        self.metrics.add("sdpo/abs_divergence", divergence.abs().sum())
-        self.metrics.mean("sdpo/divergence", divergence.mean(), divergence.numel())
+        for name in ("sdpo/tokens", "sdpo/active_tokens"):
+            self.metrics.add(name, term.metrics[name])
+        self._means(term, ("sdpo/divergence", "sdpo/is_weight"), term.metrics["sdpo/tokens"])
         if self.trainer.token_view_sink is not None:
             self._token_views(turns, divergence, channel)
 
@@ -123,7 +123,7 @@ class StepMonitor(TrainerCallback):
                 values[f"{name}/grad_norm"] = norm
         self._watch(values)
         for name, value in values.items():
-            if name != "sdpo/abs_divergence" and not math.isnan(value):
+            if not math.isnan(value):
                 trainer._metrics["train"][name].append(value)
         self._views_left = self.config.monitor.token_view
 
@@ -132,12 +132,12 @@ class StepMonitor(TrainerCallback):
             why = "every group of the step had equal rewards, so all advantages are zero"
             self.silence.update("policy", values["policy/active_tokens"], why=why)
         if "sdpo" in self.channels:
-            turns, moved = values["sdpo/hinted_turns"], values["sdpo/abs_divergence"] > 0
+            turns = values["sdpo/hinted_turns"]
             why = f"{turns:.0f} turns had a hint, but it did not change the teacher (zero divergence)"
             if not turns:
                 sources = ", ".join(self.config.sdpo.hint.sources)
                 why = f"no turn of the rollouts had a hint (sources: {sources}); check the dataset's `hint` column"
-            self.silence.update("sdpo", values["sdpo/active_tokens"] if moved else 0.0, why=why)
+            self.silence.update("sdpo", values["sdpo/active_tokens"], why=why)
         if "replay_dpo" in self.channels:
             self.silence.update("replay_dpo", values["replay_dpo/pairs"], why="no pair was drawn")
 

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from composer_plugins.channels.policy import policy_term, resolve_objective
+
+from composer_plugins.channels.policy import policy_term, reference_penalty, resolve_objective
+from composer_plugins.config import PolicyConfig
 from composer_plugins.losses.advantages import group_advantages
 from composer_plugins.losses.reduction import Reduction, count_units
-
-from composer_plugins.config import PolicyConfig
 from composer_trl.model_access import in_chunks
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class PolicyChannel:
         old = output.get("old_per_token_logps")
         if old is None:
             old, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, attention, keep, batch_size=size)
-        return ((old - output[REF_LOGPS]) * loss_mask(output)).sum(-1)
+        return reference_penalty(old, output[REF_LOGPS], loss_mask(output).bool())
 
     def units(self, batch: dict[str, Any]) -> float:
         """This micro-batch's share of the denominator."""

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from composer_plugins.channels.sdpo import resolve_level, sdpo_term, sdpo_values
 
 from composer_plugins.channels.base import Term
 from composer_plugins.channels.levels import SignalLevel
+from composer_plugins.channels.sdpo import resolve_level, sdpo_importance_weight, sdpo_term, sdpo_values
 from composer_plugins.config import SDPOConfig
 from composer_trl.hinted_turns import HintedTurn
 from composer_trl.model_access import in_chunks
@@ -73,8 +73,10 @@ class SDPOChannel:
             values, divergence = in_chunks(
                 self._values, student, teacher[sampled], reference[sampled], ids[rows, columns]
             )
-        values = values * self._correction(inputs, logps, rows, columns)
-        term = sdpo_term(self.config, values, denominator=denominator, divergence=divergence)
+        weights = self._correction(inputs, logps, rows, columns)
+        term = sdpo_term(
+            self.config, values, denominator=denominator, divergence=divergence, importance_weights=weights
+        )
         self.trainer.monitor.sdpo(term, flat, divergence, self)
         return [term]
 
@@ -105,17 +107,16 @@ class SDPOChannel:
             temperature=self.temperature,
         )
 
-    def _correction(self, inputs: dict[str, Any], logps, rows, columns) -> torch.Tensor | float:
-        """Detached importance weights per hinted token: min(pi/pi_old, cap) and the host's engine correction."""
-        weight: torch.Tensor | float = 1.0
-        old = inputs.get("old_per_token_logps")
-        if self.config.is_clip is not None and old is not None:
-            log_ratio = (logps.detach() - old)[rows, columns].clamp(-20, 20)
-            weight = log_ratio.exp().clamp(max=self.config.is_clip)
-        engine = inputs.get("importance_sampling_ratio")
+    def _correction(self, inputs: dict[str, Any], logps, rows, columns) -> torch.Tensor | None:
+        """Detached weights (N,): min(pi/pi_old, is_clip), times the host's engine correction; None on-policy."""
+        old, engine = inputs.get("old_per_token_logps"), inputs.get("importance_sampling_ratio")
+        weights = None
+        if old is not None:
+            weights = sdpo_importance_weight(self.config, logps[rows, columns], old[rows, columns])
         if engine is not None:
-            weight = weight * engine.expand_as(logps)[rows, columns]
-        return weight
+            engine = engine.expand_as(logps)[rows, columns]
+            weights = engine if weights is None else weights * engine
+        return weights
 
     def save(self, folder: Path) -> None:
         """Write the teacher into a checkpoint folder."""

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from composer_trl.hint_sources import FEEDBACK_HINT
 from composer_trl.hinted_turns import HintSplicer
-from task import CALL_LENGTH, INFORMATIVE, LENGTH, NAMES, OPERATIONS, UNINFORMATIVE, Task, prompt, strings
+from benchmarks.held_out.task import CALL_LENGTH, INFORMATIVE, LENGTH, NAMES, OPERATIONS, UNINFORMATIVE, Task, prompt, strings
 from tokenizers import models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -122,7 +122,7 @@ class PretrainingData:
         return ids, ids.shape[1] - CALL_LENGTH
 
 
-def pretrain(task: Task, *, seed: int, steps: int, batch_size: int = 128, lr: float = 4e-3):
+def pretrain(task: Task, *, seed: int, steps: int, batch_size: int = 64, lr: float = 4e-3):
     """Train the base model from random weights by next-token prediction on the answers.
 
     Returns:

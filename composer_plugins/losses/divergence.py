@@ -17,6 +17,15 @@ from typing import Literal
 
 import torch
 
+from composer_plugins.losses.log_space import (
+    kl_entries,
+    log_mixture,
+    log_rest,
+    log_softmax,
+    normalize,
+    renormalized,
+    with_exact_tail,
+)
 from composer_plugins.losses.masking import check_mask, check_same_shape, full_precision, masked, safe
 
 
@@ -47,8 +56,8 @@ def divergence_from_logprobs(
     Raises:
         ValueError: shapes do not fit, or alpha or entry_clip is out of range.
 
-    Source: SDPO arXiv:2601.20802; generalised JSD: GKD XX
-    roles, see docs/papers.md); entry clip: OPSD arXiv:2601.18734.
+    Source: SDPO arXiv:2601.20802; generalised JSD: GKD arXiv:2306.13649 section 2 (its beta is alpha);
+    entry clip: OPSD arXiv:2601.18734.
     trl/experimental/sdpo/loss_utils.py `compute_divergence`.
 
     >>> half, quarter = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
@@ -58,12 +67,12 @@ def divergence_from_logprobs(
     _check_options(alpha, entry_clip)
     student, teacher, mask = _rows(student_logprobs, teacher_logprobs, mask)
     if alpha == 0.0:
-        entries = _kl_entries(teacher, student)
+        entries = kl_entries(teacher, student)
     elif alpha == 1.0:
-        entries = _kl_entries(student, teacher)
+        entries = kl_entries(student, teacher)
     else:
-        mixture = _log_mixture(student, teacher, alpha)
-        entries = alpha * _kl_entries(teacher, mixture) + (1 - alpha) * _kl_entries(student, mixture)
+        mixture = log_mixture(student, teacher, alpha)
+        entries = alpha * kl_entries(teacher, mixture) + (1 - alpha) * kl_entries(student, mixture)
     if entry_clip is not None:
         entries = entries.clamp(max=entry_clip)
     return masked(entries.sum(-1), mask)
@@ -157,7 +166,7 @@ def topk_divergence(
     student, teacher = log_softmax(student, temperature), log_softmax(teacher, temperature)
     if k < student.size(-1):
         chosen = (student if of == "student" else teacher).detach().topk(k, dim=-1).indices
-        project = _with_exact_tail if tail else _renormalized
+        project = with_exact_tail if tail else renormalized
         student, teacher = project(student, chosen), project(teacher, chosen)
     return divergence_from_logprobs(student, teacher, alpha=alpha, entry_clip=entry_clip, mask=mask)
 
@@ -195,15 +204,13 @@ def topk_divergence_from_logprobs(
     """
     student, teacher, mask = _rows(student_topk_logprobs, teacher_topk_logprobs, mask)
     if tail:
-        student, teacher = (torch.cat([x, _log_rest(x)], dim=-1) for x in (student, teacher))
+        student, teacher = (torch.cat([x, log_rest(x)], dim=-1) for x in (student, teacher))
     else:
-        student, teacher = _normalize(student), _normalize(teacher)
+        student, teacher = normalize(student), normalize(teacher)
     return divergence_from_logprobs(student, teacher, alpha=alpha, entry_clip=entry_clip, mask=mask)
 
 
-def sampled_reverse_kl(
-    logprobs: torch.Tensor, teacher_logprobs: torch.Tensor, mask: torch.Tensor
-) -> torch.Tensor:
+def sampled_reverse_kl(logprobs: torch.Tensor, teacher_logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Per-token surrogate of KL(S||T) from the sampled tokens, to be minimised; masked, not reduced.
 
     sg(log pi - log pi_T) log pi. Its **gradient** is the score-function estimate of the reverse KL's; its
@@ -297,62 +304,6 @@ def importance_weight(
         raise ValueError(f"Expected cap > 0, found {cap}.")
     log_ratio = safe(logprobs.detach(), mask) - safe(old_logprobs.detach(), mask)
     return masked(log_ratio.clamp(max=math.log(cap)).exp(), mask)
-
-
-def log_softmax(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """Return log-probabilities (…, V) in at least float32. Raises `ValueError` when temperature <= 0."""
-    if not temperature > 0:
-        raise ValueError(f"Expected temperature > 0, found {temperature}.")
-    logits = full_precision(logits)
-    return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
-
-
-def _kl_entries(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """p (log p - log q) per entry; 0 where p = 0, inf where p > 0 = q; the gradient is finite everywhere."""
-    has_mass = first.detach().exp() > 0
-    infinite = has_mass & second.detach().isneginf()
-    finite = has_mass & ~infinite
-    log_p, log_q = safe(first, finite), safe(second, finite)
-    entries = masked(log_p.exp() * (log_p - log_q), finite)
-    return entries.masked_fill(infinite, torch.inf)
-
-
-def _log_mixture(student: torch.Tensor, teacher: torch.Tensor, alpha: float) -> torch.Tensor:
-    possible = ~(student.detach().isneginf() & teacher.isneginf())
-    mixture = torch.logaddexp(
-        safe(student, possible) + math.log1p(-alpha), safe(teacher, possible) + math.log(alpha)
-    )
-    return mixture.masked_fill(~possible, -torch.inf)
-
-
-def _with_exact_tail(logprobs: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """(N, k + 1): the chosen entries and the log of what is left, from the left-over entries themselves."""
-    rest = logprobs.scatter(-1, chosen, -torch.inf)
-    empty = rest.detach().isneginf().all(-1, keepdim=True)
-    tail = torch.logsumexp(rest.masked_fill(empty, 0.0), dim=-1, keepdim=True)
-    return torch.cat([logprobs.gather(-1, chosen), tail.masked_fill(empty, -torch.inf)], dim=-1)
-
-
-def _log_rest(logprobs: torch.Tensor) -> torch.Tensor:
-    total = _logsumexp(logprobs)
-    total = total.clamp(max=-torch.finfo(total.dtype).eps)
-    return torch.log(-torch.expm1(total))
-
-
-def _renormalized(logprobs: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    return _normalize(logprobs.gather(-1, chosen))
-
-
-def _normalize(logprobs: torch.Tensor) -> torch.Tensor:
-    """Divide by the mass of the row; a row without mass stays without."""
-    total = _logsumexp(logprobs)
-    return logprobs - total.masked_fill(total.detach().isneginf(), 0.0)
-
-
-def _logsumexp(logprobs: torch.Tensor) -> torch.Tensor:
-    """logsumexp over the last axis, kept; -inf without a nan gradient for a row that is all -inf."""
-    empty = logprobs.detach().isneginf().all(-1, keepdim=True)
-    return torch.logsumexp(logprobs.masked_fill(empty, 0.0), -1, keepdim=True).masked_fill(empty, -torch.inf)
 
 
 def _rows(

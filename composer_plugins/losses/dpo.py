@@ -33,9 +33,7 @@ class AdvantageFormLoss(NamedTuple):
     rejected_shift: torch.Tensor
 
 
-def sequence_logprob(
-    logprobs: torch.Tensor, mask: torch.Tensor, *, length_normalized: bool = False
-) -> torch.Tensor:
+def sequence_logprob(logprobs: torch.Tensor, mask: torch.Tensor, *, length_normalized: bool = False) -> torch.Tensor:
     """Return each action's log-probability: the sum over its tokens, or their mean.
 
     Args:
@@ -130,7 +128,8 @@ def dpo_loss(
         ValueError: shapes do not fit, a mask is not bool, or a hyperparameter is out of range.
 
     Source: DPO arXiv:2305.18290 eq. 7; smoothing: conservative DPO (Mitchell 2023) and trl/trainer/dpo_trainer.py;
-    length normalisation: the log-ratio form of arXiv:2405.14734 section 4; NLL term: arXiv:2404.19733 eq. 1.
+    length
+    normalisation: Tulu 3 arXiv:2411.15124; NLL term: arXiv:2404.19733 eq. 1.
 
     >>> one, two = torch.ones(1, 1), torch.tensor([[True]])
     >>> dpo_loss(
@@ -174,7 +173,7 @@ def advantage_form(margin: torch.Tensor, *, beta: float, label_smoothing: float 
     Raises:
         ValueError: beta or label_smoothing out of range.
 
-    Source: derivative of DPO arXiv:2305.18290 eq. 7 (the weight in its eq. for the gradient, section 4).
+    Source: derivative of DPO arXiv:2305.18290 eq. 7 (its gradient, section 4).
 
     >>> advantage_form(torch.zeros(1), beta=0.1)
     tensor([0.0500])
@@ -230,8 +229,8 @@ def advantage_form_loss(
     )
     whole = whole_pairs(chosen_mask, rejected_mask)[:, None]
     s = advantage_form(margin, beta=beta, label_smoothing=label_smoothing)[:, None]
-    chosen_length = chosen_mask.sum(-1, keepdim=True).clamp(min=1)
-    rejected_length = rejected_mask.sum(-1, keepdim=True).clamp(min=1)
+    chosen_length = chosen_mask.sum(-1, keepdim=True).clamp(min=1).to(s.dtype)
+    rejected_length = rejected_mask.sum(-1, keepdim=True).clamp(min=1).to(s.dtype)
     up = (s / chosen_length if length_normalized else s) + nll_weight / chosen_length
     down = s / rejected_length if length_normalized else s
     return AdvantageFormLoss(

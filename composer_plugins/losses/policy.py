@@ -36,6 +36,19 @@ class Objective:
     clip_low: float
     clip_high: float
 
+    def __post_init__(self) -> None:
+        allowed = {
+            "ratio_level": ("token", "sequence"),
+            "surrogate": ("clip", "cispo"),
+            "reduction": tuple(Reduction),
+            "advantage_scale": ("group", "none"),
+        }
+        for field, values in allowed.items():
+            if getattr(self, field) not in values:
+                raise ValueError(
+                    f"Objective {self.name!r}: expected {field} in {', '.join(values)}, found {getattr(self, field)!r}."
+                )
+
 
 GRPO = Objective("grpo", "token", "clip", Reduction.SEQUENCE_MEAN, "group", 0.2, 0.2)
 DR_GRPO = Objective("dr_grpo", "token", "clip", Reduction.CONSTANT_LENGTH, "none", 0.2, 0.2)
@@ -99,7 +112,7 @@ def policy_loss(
             apply to the objective's surrogate.
 
     Source: GRPO arXiv:2402.03300 eq. 3; Dr.GRPO arXiv:2503.20783; DAPO arXiv:2503.14476 eq. 8; GSPO
-    arXiv:2507.18071 eq. 5 and 13; CISPO arXiv:2506.13585 eq. 4 and 5; dual clip arXiv:1912.09729 eq. 5.
+    arXiv:2507.18071 eq. 5 and 13; CISPO arXiv:2506.13585 eq. 4 and 5; dual clip arXiv:1912.09729.
     trl/trainer/grpo_trainer.py `_compute_loss`; verl/trainer/ppo/core_algos.py `compute_policy_loss_*`.
 
     >>> zeros, mask = torch.zeros(1, 2), torch.tensor([[True, False]])
@@ -107,7 +120,7 @@ def policy_loss(
     ...     GRPO, logprobs=zeros + 0.5, old_logprobs=zeros, advantages=torch.tensor([2.0]), mask=mask
     ... )
     >>> loss.values, loss.clipped  # the ratio exp(0.5) = 1.65 is clipped to 1.2
-    (tensor([[-2.4000, 0.0000]]), tensor([[ True, False]]))
+    (tensor([[-2.4000,  0.0000]]), tensor([[ True, False]]))
     """
     _check_options(objective, clip_low, clip_high, dual_clip, log_ratio_clamp, cispo_bound)
     advantages = _per_token(advantages, logprobs)

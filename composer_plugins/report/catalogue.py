@@ -70,6 +70,8 @@ KNOWN: dict[str, Known] = {
         {
             "policy/loss": ("loss", "the policy term, before its weight"),
             "policy/active_tokens": ("tokens", "tokens with a non-zero advantage"),
+            "policy/ratio": ("ratio", "mean importance ratio of the policy tokens"),
+            "policy/kl": ("nats/token", "distance from the reference policy"),
             "policy/clip_fraction": ("share", "tokens whose ratio was clipped"),
             "policy/grad_norm": ("L2 norm", "this channel's own gradient"),
             "entropy": ("nats/token", "entropy of the policy"),
@@ -81,7 +83,7 @@ KNOWN: dict[str, Known] = {
         {
             "sdpo/divergence": ("nats/token", "distance from the hinted self-teacher on error turns"),
             "sdpo/loss": ("loss", "the distillation term, before its weight"),
-            "sdpo/active_tokens": ("tokens", "tokens that carry the divergence"),
+            "sdpo/active_tokens": ("tokens", "error-turn tokens with a divergence above zero"),
             "sdpo/hinted_turns": ("turns", "error turns with a hint"),
             "sdpo/is_weight": ("ratio", "mean importance weight, capped"),
             "sdpo/grad_norm": ("L2 norm", "this channel's own gradient"),

@@ -12,7 +12,7 @@ from composer_plugins.report.run_folder import TeacherInfo, finite
 
 #: What a recipe's `composer` section means when a weight is not written.
 DEFAULT_WEIGHT = {"policy": 1.0, "sdpo": 0.0, "replay_dpo": 0.0}
-_COUNTED = {"policy": "active tokens", "sdpo": "tokens with KL", "replay_dpo": "pairs"}
+_COUNTED = {"policy": "active tokens", "sdpo": "active tokens", "replay_dpo": "pairs"}
 
 
 @dataclass(frozen=True)
@@ -102,30 +102,29 @@ def warnings(run: Run) -> list[str]:
 def facts(run: Run) -> list[tuple[str, str, str]]:
     """Return the headline numbers as (label, value, small print)."""
     series, steps = run.metrics.series, run.metrics.steps
-    rows = [("optimizer steps", f"{len(steps):,}", _last_time(run))]
+    rows = [("optimizer steps", f"{steps[-1]:,}", _pace(run))]
     reward = [(s, v) for s, v in zip(steps, series.get("reward", []), strict=False) if finite(v)]
-    if reward:
+    if len(reward) > 1:
         (a, first), (b, last) = reward[0], reward[-1]
-        rows.append(
-            (
-                "reward",
-                f"{short(first)} → {short(last)}" if b > a else short(first),
-                f"step {a:,} → {b:,}" if b > a else f"step {a:,}",
-            )
-        )
+        rows.append(("reward", f"{short(first)} → {short(last)}", f"step {a:,} → {b:,}"))
+    elif reward:
+        rows.append(("reward", short(reward[0][1]), f"step {reward[0][0]:,}"))
+    every = "" if len(steps) == steps[-1] - steps[0] + 1 else ", logged steps only"
     for name, label in (("sdpo/hinted_turns", "hinted turns trained on"), ("replay_dpo/pairs", "pairs trained on")):
         values = [v for v in series.get(name, []) if finite(v)]
         if values:
-            rows.append((label, number(sum(values)), f"in {sum(v > 0 for v in values):,} of {len(steps):,} steps"))
+            small = f"in {sum(v > 0 for v in values):,} of {len(steps):,} steps{every}"
+            rows.append((label, number(sum(values)), small))
     return rows
 
 
-def _last_time(run: Run) -> str:
-    times = [t for t in run.metrics.seconds if finite(t)]
-    steps = run.metrics.steps
-    if len(times) < 2 or times[-1] <= times[0]:
-        return f"last: step {steps[-1]:,}"
-    return f"{short((times[-1] - times[0]) / (len(times) - 1))} s per step on average"
+def _pace(run: Run) -> str:
+    timed = [(s, t) for s, t in zip(run.metrics.steps, run.metrics.seconds, strict=True) if finite(t)]
+    logged = "" if len(run.metrics.steps) == run.metrics.steps[-1] else f"{len(run.metrics.steps):,} logged"
+    if len(timed) < 2 or timed[-1][1] <= timed[0][1]:
+        return logged
+    pace = f"{short((timed[-1][1] - timed[0][1]) / (timed[-1][0] - timed[0][0]))} s per step on average"
+    return f"{pace}, {logged}" if logged else pace
 
 
 def independent_voters(teachers: list[TeacherInfo]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ def render(run: Run) -> str:
         readable=tokens.readable,
         short=charts.short,
         millions=millions,
+        when=when,
         duration=duration,
         split_lines=split_lines,
     )
@@ -197,6 +199,15 @@ def duration(seconds: float | None) -> str:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def when(started: str) -> str:
+    """Return an ISO 8601 time as people write it; anything else as it is."""
+    try:
+        time = datetime.fromisoformat(started)
+    except ValueError:
+        return started
+    return f"{time:%Y-%m-%d %H:%M} {time.tzname() or ''}".rstrip()
 
 
 def millions(count: int) -> str:

@@ -96,8 +96,8 @@ class _Scan:
         """Remember where something unlogged entered a context."""
         if record.attachment is not None and record.attachment.type in SILENT_ATTACHMENTS:
             return
-        key = (record.sessionId or "", self.forest._chain_of.get(record.uuid or ""))
-        self.attachments.setdefault(key, []).append(self.forest._count)
+        key = (record.sessionId or "", self.forest.chain(record))
+        self.attachments.setdefault(key, []).append(self.forest.size)
 
     def traces(self) -> list[Trace]:
         """Build every conversation that has a model step."""

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
-
 from composer_plugins.traces.classify import classify_text
-from composer_plugins.traces.claude_code_records import Block, Line, blocks_of
-from composer_plugins.traces.claude_code_tree import INTERRUPTED, Conversation, Node, injected_kind
+from composer_plugins.traces.claude_code_records import (
+    IMAGE,
+    Block,
+    Line,
+    blocks_of,
+    cleared_ids,
+    text_of,
+    to_call,
+)
+from composer_plugins.traces.claude_code_tree import Conversation, Node, injected_kind
 from composer_plugins.traces.schema import Message, SourceRef, Status, Step, ToolCall, ToolResult
 
-IMAGE = "[image]"
 NO_RESULT = "[no result in the log]"
 USAGE = ("input_tokens", "output_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
 
@@ -75,9 +79,9 @@ class Builder:
             self.cleared += len(cleared_ids(node.record))
             self._inexact("microcompaction")
             return None
-        if node.dangling or (node.parent is None and self.items and node.kind == "user" and own):
-            if not node.record.isCompactSummary:
-                self._inexact("unlinked")
+        unlinked = node.dangling or (node.parent is None and self.items and node.kind == "user" and own)
+        if unlinked and not node.record.isCompactSummary:
+            self._inexact("unlinked")
         if node.kind == "assistant":
             return self._assistant(node, own)
         return self._user(node.record, node.line)
@@ -257,52 +261,7 @@ def not_trainable(item: Inference, action: Message, results: list[ToolResult]) -
     return None
 
 
-def to_call(block: Block) -> ToolCall:
-    """A call block; arguments that are not an object are kept raw."""
-    if isinstance(block.input, dict):
-        return ToolCall(id=block.id, name=block.name, arguments=block.input)
-    if isinstance(block.input, str):
-        try:
-            parsed = json.loads(block.input)
-        except ValueError:
-            return ToolCall(id=block.id, name=block.name, raw_arguments=block.input)
-        if isinstance(parsed, dict):
-            return ToolCall(id=block.id, name=block.name, arguments=parsed)
-    if block.input is None:
-        return ToolCall(id=block.id, name=block.name)
-    return ToolCall(id=block.id, name=block.name, raw_arguments=msgspec.json.encode(block.input).decode())
-
-
-def text_of(content: Any) -> tuple[str, int]:
-    """Text of a tool result, and how many images were replaced by a placeholder."""
-    if content is None:
-        return "", 0
-    if isinstance(content, str):
-        return content, 0
-    parts = content if isinstance(content, list) else [content]
-    texts, images = [], 0
-    for part in parts:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "image":
-            texts.append(IMAGE)
-            images += 1
-        elif isinstance(part, dict) and isinstance(part.get("text"), str):
-            texts.append(part["text"])
-        else:
-            texts.append(part if isinstance(part, str) else msgspec.json.encode(part).decode())
-    return "\n".join(texts), images
-
-
-def cleared_ids(record: Line) -> list[str]:
-    """Calls whose results a micro-compaction cleared."""
-    nested = (record.microcompactMetadata or {}).get("compactedToolIds")
-    return record.compactedToolIds or (nested if isinstance(nested, list) else [])
-
-
 def conversation_name(conversation: Conversation) -> str:
     """Trace id: the session, and for a sub-agent its name."""
     session = conversation.session_id or "no-session"
     return session if conversation.agent_id is None else f"{session}/{conversation.agent_id}"
-
-
-__all__ = ["INTERRUPTED", "Builder", "conversation_name"]

@@ -7,10 +7,14 @@ are skipped by the parser and never built.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import msgspec
+
+from composer_plugins.traces.schema import ToolCall
+
+#: What stands for an image in a text.
+IMAGE = "[image]"
 
 
 class Block(msgspec.Struct):
@@ -183,6 +187,43 @@ def blocks_of(body: Body) -> list[Block]:
     return body.content
 
 
-def iter_lines(file) -> Iterator[tuple[int, bytes]]:
-    """Number the physical lines of a binary file from 1."""
-    yield from enumerate(file, 1)
+def to_call(block: Block) -> ToolCall:
+    """A call block; arguments that are not an object are kept raw."""
+    if isinstance(block.input, dict):
+        return ToolCall(id=block.id, name=block.name, arguments=block.input)
+    if isinstance(block.input, str):
+        try:
+            parsed = json.loads(block.input)
+        except ValueError:
+            return ToolCall(id=block.id, name=block.name, raw_arguments=block.input)
+        if isinstance(parsed, dict):
+            return ToolCall(id=block.id, name=block.name, arguments=parsed)
+    if block.input is None:
+        return ToolCall(id=block.id, name=block.name)
+    return ToolCall(id=block.id, name=block.name, raw_arguments=msgspec.json.encode(block.input).decode())
+
+
+def text_of(content: Any) -> tuple[str, int]:
+    """Text of a tool result, and how many images were replaced by a placeholder."""
+    if content is None:
+        return "", 0
+    if isinstance(content, str):
+        return content, 0
+    parts = content if isinstance(content, list) else [content]
+    texts, images = [], 0
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "image":
+            texts.append(IMAGE)
+            images += 1
+        elif isinstance(part, dict) and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        else:
+            texts.append(part if isinstance(part, str) else msgspec.json.encode(part).decode())
+    return "\n".join(texts), images
+
+
+def cleared_ids(record: Line) -> list[str]:
+    """Calls whose results a micro-compaction cleared."""
+    nested = (record.microcompactMetadata or {}).get("compactedToolIds")
+    return record.compactedToolIds or (nested if isinstance(nested, list) else [])

@@ -86,6 +86,15 @@ class Forest:
         self._homes: dict[int, Conversation] = {}
         self._count = 0
 
+    @property
+    def size(self) -> int:
+        """How many conversation records were added so far."""
+        return self._count
+
+    def chain(self, record: Line) -> str | None:
+        """The sub-agent whose conversation an added record belongs to; None: the main one."""
+        return self._chain_of.get(record.uuid or "")
+
     def known(self, uuid: str | None) -> bool:
         """True when a record with this uuid was added before."""
         return uuid is not None and (uuid in self.by_uuid or uuid in self._through)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import os
 import re
 import socket
@@ -103,7 +104,7 @@ def test_another_action_than_the_recorded_one_gets_a_real_answer(workspace, real
     assert '"permanent": true' not in workspace.files[path]
 
 
-def test_nothing_touches_disk_network_or_processes(workspace, real_trace, monkeypatch):
+def test_nothing_touches_disk_network_or_processes(real_trace, monkeypatch):
     def refuse(*args, **_):
         raise AssertionError(f"outside access: {args}")
 
@@ -113,8 +114,9 @@ def test_nothing_touches_disk_network_or_processes(workspace, real_trace, monkey
             (subprocess, "Popen"), (socket, "socket"),
         ):  # fmt: skip
             patch.setattr(module, name, refuse)
+        workspace = RecordedWorkspace([real_trace])
         answered = sum(1 for _ in replay(workspace, real_trace))
         for name in tool_names(RecordedWorkspace):
-            with pytest.raises((ToolError, TypeError)):
-                getattr(workspace, name)("/etc/passwd")
+            with contextlib.suppress(ToolError, TypeError):
+                assert "root:" not in getattr(workspace, name)("/etc/passwd")
     assert answered == sum(EXPECTED.values())

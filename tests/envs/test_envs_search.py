@@ -123,16 +123,29 @@ def test_grep_modes(workspace):
     assert workspace.Grep(r"os\n\ndef", multiline=True) == f"Found 1 file\n{A}"
 
 
+def test_wide_context_shows_each_line_once(workspace):
+    workspace.Write("/big.txt", "x\n" * 20_000)
+    started = time.perf_counter()
+    shown = workspace.Grep("x", "/big.txt", output_mode="content", **{"-C": 10**9})
+    assert shown.startswith("x\nx\n") and time.perf_counter() - started < 5
+
+
+def test_a_recorded_search_is_answered_even_when_memory_cannot(session):
+    step = session.call("Grep", "a\nb", pattern="a\nb", multiline=True, output_mode="content")
+    assert session.at(step).Grep("a\nb", multiline=True, output_mode="content") == "a\nb"
+
+
 def test_grep_errors(workspace):
     for arguments, message in (
         ({"path": "/no/where"}, "Path does not exist"),
         ({"output_mode": "lines"}, "must be one of"),
         ({"type": "cobol"}, "unrecognized file type"),
         ({"multiline": True, "output_mode": "content"}, "multiline search with another"),
+        ({"pattern": "(?=f)"}, "look-around"),
         ({"glob": "a" * 2000}, "invalid glob"),
     ):
         with pytest.raises(ToolError, match=message):
-            workspace.Grep("f", **arguments)
+            workspace.Grep(**{"pattern": "f", **arguments})
 
 
 def test_glob_and_ls(workspace):

@@ -121,6 +121,21 @@ def test_the_nearest_recorded_run_is_taken(session):
     assert [session.at(s).Bash("git status") for s in (0, 1, 2, last)] == ["first", "first", "second", "second"]
 
 
+def test_the_next_run_comes_before_the_last(session):
+    for shown in ("first", "second", "third"):
+        session.call("Bash", shown, command="git status")
+    assert [session.at(s).Bash("git status") for s in (0, 1, 2)] == ["first", "second", "third"]
+
+
+def test_after_a_change_searches_are_made_in_memory(session):
+    step = session.call("Grep", "No files found", pattern="needle")
+    session.call("Bash", "", command=f"cat {A}")
+    workspace = session.at(step)
+    assert workspace.Grep("needle") == "No files found"
+    workspace.Write(A, "needle")
+    assert workspace.Grep("needle") == f"Found 1 file\n{A}"
+
+
 def test_recorded_shell_effects(session, cat_n):
     session.call("Read", cat_n("x"), file_path=A)
     session.call("Bash", "", command=f"cp {A} {B} && cd {CWD} && git rm -f a.py")
@@ -137,6 +152,23 @@ def test_a_restarted_session_forgets_what_it_had_read(session, cat_n):
     step = session.call("Edit", error, status=Status.ERROR, file_path=A, old_string="x", new_string="y")
     assert session.at(kept).files_read == {A}
     fails("has not been read yet", session.at(step).Write, A, "another edit")
+
+
+def test_an_edit_that_succeeded_had_been_allowed(session, cat_n):
+    session.call("Read", cat_n("x"), file_path=A)
+    session.call("Read", cat_n("x"), file_path=B)
+    session.user("go on")
+    error = "<tool_use_error>File has not been read yet. Read it first before writing to it.</tool_use_error>"
+    session.call("Edit", error, status=Status.ERROR, file_path=A, old_string="x", new_string="y")
+    step = session.call("Edit", f"The file {B} has been updated.", file_path=B, old_string="x", new_string="y")
+    assert session.at(step).files_read == {B}
+
+
+def test_the_listing_after_an_edit_is_the_truth(session, cat_n):
+    result = f"The file {A} has been updated. Here's the result of running `cat -n` on a snippet of the edited file:\n"
+    session.call("Read", cat_n("a = 1\nb = 2"), file_path=A)
+    session.call("Edit", result + "     1→a = 'formatted'\n     2→b = 2", file_path=A, old_string="1", new_string="3")
+    assert session.at(session.call("Bash", "", command="true")).files[A] == "a = 'formatted'\nb = 2"
 
 
 def test_a_change_made_outside_is_seen_after_the_user_had_the_turn(session, cat_n):

@@ -7,16 +7,18 @@ import re
 import statistics
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from composer_plugins.report import catalogue, charts, tokens
-from composer_plugins.report.html import duration, hide_secrets, split_lines
+from composer_plugins.report.html import duration, hide_secrets, split_lines, when
 from composer_plugins.report.run_folder import TokenView
 
 floats = st.floats(allow_nan=False, allow_infinity=False, min_value=-1e100, max_value=1e100)
 
 
+@example([-5e-324])
+@example([1.6e-145, -5e-169])
 @given(st.lists(floats, min_size=1, max_size=30))
 def test_axes_enclose_the_values_and_have_a_few_ticks(values):
     low, high = charts.y_range(values)
@@ -173,6 +175,11 @@ def test_long_messages_keep_both_ends_and_say_how_much_is_left_out():
     text, left = tokens.shorten("a" * 5000 + "END")
     assert left == 1003 and text.endswith("END") and "1,003 characters not shown" in text
     assert tokens.shorten("short") == ("short", 0)
+
+
+def test_times():
+    assert when("2026-06-02T14:31:09+00:00") == "2026-06-02 14:31 UTC"
+    assert when("2026-06-02T14:31:09") == "2026-06-02 14:31" and when("yesterday <b>") == "yesterday <b>"
 
 
 def test_durations():

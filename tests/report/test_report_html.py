@@ -256,6 +256,15 @@ def test_nan_and_null_are_told_apart(tmp_path):
     assert not re.search(r'd="[^"]*(nan|inf)', html) and not re.search(r"\b(NaN|Infinity)\b", page.blocks["script"][0])
 
 
+def test_runs_that_log_every_tenth_step_do_not_claim_totals(tmp_path):
+    with RunWriter(tmp_path) as writer:
+        for step in (10, 20, 30):
+            writer.metrics(step, {"loss": 1.0, "replay_dpo/pairs": 4}, seconds=step * 2.0)
+    page = render(tmp_path)[1]
+    assert "optimizer steps30" in page.text and "2 s per step on average, 3 logged" in page.text
+    assert "in 3 of 3 steps, logged steps only" in page.text
+
+
 def silent(folder, active, weight=0.5, norms=None, warnings=()):
     with RunWriter(folder) as writer:
         writer.recipe({"composer": {"policy": {"weight": 1.0}, "sdpo": {"weight": weight}}})

@@ -101,7 +101,9 @@ def test_a_teacher_that_fails_on_everything_is_an_error_and_keeps_the_others(cha
     bad = chat_server(lambda body, n: reply.Reply(b"junk"))
     good = chat_server(lambda body, n: reply.completion("x"))
     states, out = states_file(3), tmp_path / "r.jsonl"
-    with pytest.raises(TeacherError, match=r"(?s)- bad: all 3 requests failed \(3 malformed\).*3 good answers are kept"):
+    with pytest.raises(
+        TeacherError, match=r"(?s)- bad: all 3 requests failed \(3 malformed\).*3 good answers are kept"
+    ):
         replay(states, [*teachers_for(bad, name="bad"), *teachers_for(good, name="good")], out)
     assert not out.exists() and not manifest_path(out).exists()
     replay(states, teachers_for(good, name="good"), out)  # the user removes the bad one

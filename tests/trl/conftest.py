@@ -31,7 +31,10 @@ def build_tokenizer():
     bpe.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     bpe.train_from_iterator(SENTENCES, trainer)
     tokenizer = PreTrainedTokenizerFast(
@@ -79,8 +82,8 @@ def dataset():
 
 
 def letters_reward(completion_ids, **_):
-    """A spread of rewards from whatever a random model says: distinct tokens per token."""
-    return [len(set(ids)) / max(len(ids), 1) for ids in completion_ids]
+    """A spread of rewards from whatever a random model says."""
+    return [(sum(ids) % 13) / 13 for ids in completion_ids]
 
 
 @pytest.fixture

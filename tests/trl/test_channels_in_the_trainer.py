@@ -163,9 +163,7 @@ def test_accumulation_and_micro_batches_leave_the_step_unchanged(make_trainer, m
     start = torch.cat([p.detach().flatten() for p in make_model().parameters()])
     moves = []
     for size, steps in ((8, 1), (4, 2), (2, 4)):
-        trainer = make_trainer(
-            section, per_device_train_batch_size=size, gradient_accumulation_steps=steps, **DESCENT
-        )
+        trainer = make_trainer(section, per_device_train_batch_size=size, gradient_accumulation_steps=steps, **DESCENT)
         trainer.train()
         moves.append(parameters(trainer) - start)
     for other in moves[1:]:
@@ -277,7 +275,7 @@ def test_only_the_hinted_turns_tokens_carry_the_kl(make_trainer):
     first = seen["prompt"] + 2 - 1  # the position that predicts completion token 2
     inside = gradient[:, first : first + 2]
     assert (inside > 0).all()
-    assert gradient.sum() == inside.sum()
+    assert (gradient > 0).sum() == inside.numel()
 
 
 def test_feedback_of_the_reward_function_is_a_hint(make_trainer, dataset):
@@ -354,7 +352,9 @@ def test_engine_correction_scales_policy_and_sdpo_but_not_pairs(make_trainer, pa
 
             def with_ratio(inputs, generate=generate, ratio=ratio):
                 output = generate(inputs)
-                output["importance_sampling_ratio"] = torch.full_like(output["completion_ids"], ratio, dtype=torch.float)
+                output["importance_sampling_ratio"] = torch.full_like(
+                    output["completion_ids"], ratio, dtype=torch.float
+                )
                 return output
 
             trainer._generate_and_score_completions = with_ratio

@@ -6,8 +6,9 @@ import pytest
 
 pytest.importorskip("trl")
 
-from composer_plugins.errors import ModelError
 from composer_trl.hinted_turns import HintSplicer, tool_results, turns_of
+
+from composer_plugins.errors import ModelError
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def check_hinted(trainer, rows, tokenizer):
         assert "tool_response" not in context.split("edit a.py")[1]  # the hint stands before the turn, not after it
     logged = trainer.state.log_history[0]
     assert logged["sdpo/hinted_turns"] == 4
-    assert logged["sdpo/active_tokens"] == sum(turn.end - turn.start for _, _, (turn,) in rows)
+    assert logged["sdpo/tokens"] == sum(turn.end - turn.start for _, _, (turn,) in rows)
     assert logged["sdpo/divergence"] > 0
 
 

@@ -54,7 +54,7 @@ def test_two_ranks_take_the_same_step_as_one(tmp_path, pairs, objective):
     assert moves[0].norm() > 0
     assert (moves[1] - moves[0]).norm() / moves[0].norm() <= 1e-5
     for name in (
-        "sdpo/active_tokens", "sdpo/hinted_turns", "sdpo/divergence", "sdpo/loss", "sdpo/grad_norm",
+        "sdpo/tokens", "sdpo/hinted_turns", "sdpo/divergence", "sdpo/loss", "sdpo/grad_norm",
         "replay_dpo/pairs", "replay_dpo/loss", "replay_dpo/grad_norm", "policy/active_tokens", "policy/grad_norm",
     ):  # fmt: skip
         assert logs[1][name] == pytest.approx(logs[0][name], rel=1e-4), name

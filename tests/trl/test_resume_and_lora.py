@@ -34,7 +34,9 @@ def pairs(tmp_path):
 def lora():
     from peft import LoraConfig
 
-    return LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights="gaussian")
+    return LoraConfig(
+        r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights="gaussian"
+    )
 
 
 def trained(trainer):

@@ -1,0 +1,137 @@
+"""The arms: the same rollouts, steps and learning rate; only the loss and what the error message says differ."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from benchmarks.held_out.task import INFORMATIVE, OPERATIONS, UNINFORMATIVE, Task, calls, prompt
+
+Feedback = Literal["informative", "uninformative", "random"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train.
+
+    Args:
+        label: as it stands in the table.
+        policy, sdpo: weights of the two channels; both 0: no training.
+        feedback: what the error message of a failed completion says.
+    """
+
+    label: str
+    policy: float
+    sdpo: float
+    feedback: Feedback = "informative"
+
+
+ARMS: dict[str, Arm] = {
+    "none": Arm("no training", 0.0, 0.0),
+    "grpo": Arm("GRPO", 1.0, 0.0),
+    "sdpo": Arm("sdpo alone", 0.0, 1.0),
+    "grpo_sdpo": Arm("GRPO + sdpo", 1.0, 1.0),
+    "grpo_sdpo_uninformative": Arm("GRPO + sdpo, hint says nothing (control)", 1.0, 1.0, "uninformative"),
+    "grpo_sdpo_random": Arm("GRPO + sdpo, hint names a random function (control)", 1.0, 1.0, "random"),
+}
+
+
+@dataclass(frozen=True)
+class Training:
+    """Settings that all arms share. Chosen on the tuning seed of README.md, which is not among the reported ones.
+
+    Args:
+        steps: optimizer steps, one per batch of rollouts.
+        prompts: different prompts per step.
+        group: completions per prompt.
+        lr: constant learning rate of AdamW.
+    """
+
+    steps: int = 60
+    prompts: int = 8
+    group: int = 8
+    lr: float = 5e-4
+
+    @property
+    def rollouts(self) -> int:
+        """Completions sampled in a whole run."""
+        return self.steps * self.prompts * self.group
+
+
+def error_message(task: Task, name: str, feedback: Feedback, rng: random.Random) -> str:
+    """Return what the environment says about a failed call of `name`; `random` may be right by chance (1 in 6)."""
+    if feedback == "uninformative":
+        return UNINFORMATIVE.format(name=name)
+    operation = task.meaning[name] if feedback == "informative" else rng.choice(list(OPERATIONS))
+    return INFORMATIVE.format(name=name, operation=operation)
+
+
+def make_reward(task: Task, feedback: Feedback, seed: int) -> Callable[..., list[float]]:
+    """Return a reward function: 1.0 for exactly the right completion, else 0.0 and an error message."""
+    rng = random.Random(f"feedback {seed}")
+
+    def exact_match(completions, name, digits, log_extra=None, **_: Any) -> list[float]:
+        right = [c[0]["content"] == task.answer(n, d) for c, n, d in zip(completions, name, digits, strict=True)]
+        messages = [None if r else error_message(task, n, feedback, rng) for r, n in zip(right, name, strict=True)]
+        if log_extra is not None:
+            log_extra("feedback", messages)
+        return [float(r) for r in right]
+
+    return exact_match
+
+
+def composer_section(arm: Arm) -> dict[str, Any]:
+    """Return the `composer` section of an arm; everything not named here is at its default."""
+    return {
+        "policy": {"weight": arm.policy, "objective": "dr_grpo"},
+        "sdpo": {"weight": arm.sdpo, "hint": {"sources": ["feedback"], "placement": "local"}},
+    }
+
+
+def train(model, tokenizer, task: Task, arm: Arm, training: Training, *, seed: int, on_step: Callable[[int], None]):
+    """Train `model` in place on the RL prompts.
+
+    Args:
+        on_step: called with the number of finished steps, after each.
+
+    Returns:
+        Totals over the run: {"rollouts": completions sampled, "hinted_turns": completions that had a self-teacher}.
+    """
+    from composer_trl import ComposerGRPOConfig, ComposerGRPOTrainer
+    from datasets import Dataset
+    from transformers import TrainerCallback
+
+    per_name = -(-training.steps * training.prompts // len(task.meaning))
+    rows = [{"prompt": prompt(n, d), "name": n, "digits": d} for n, d in calls("train", per_name, seed)]
+    totals = {"rollouts": 0, "hinted_turns": 0}
+    exact_match = make_reward(task, arm.feedback, seed)
+
+    def counted(completions, **kwargs: Any) -> list[float]:
+        totals["rollouts"] += len(completions)
+        return exact_match(completions, **kwargs)
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs: Any) -> None:
+            on_step(state.global_step)
+
+        def on_log(self, args, state, control, logs=None, **kwargs: Any) -> None:
+            totals["hinted_turns"] += int((logs or {}).get("sdpo/hinted_turns", 0))
+
+    batch = training.prompts * training.group
+    with tempfile.TemporaryDirectory() as folder:
+        args = ComposerGRPOConfig(
+            output_dir=folder, seed=seed, max_steps=training.steps, learning_rate=training.lr,
+            lr_scheduler_type="constant", weight_decay=0.0, per_device_train_batch_size=batch,
+            num_generations=training.group, max_completion_length=8, temperature=1.0, logging_steps=1,
+            save_strategy="no", report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False,
+            disable_tqdm=True, composer=composer_section(arm),
+        )  # fmt: skip
+        trainer = ComposerGRPOTrainer(
+            model=model, reward_funcs=counted, args=args, train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer, callbacks=[Watch()],
+        )  # fmt: skip
+        trainer.train()
+    return totals
