@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 _HOMES = {
-    "Recordings": "composer_plugins.envs.recorded",
-    "RecordedWorkspace": "composer_plugins.envs.workspace",
+    "Recordings": "composer_plugins.envs.timeline",
+    "RecordedWorkspace": "composer_plugins.envs.recorded",
     "ToolError": "composer_plugins.envs.tool_errors",
-    "environment_factory": "composer_plugins.envs.workspace",
+    "environment_factory": "composer_plugins.envs.recorded",
     "tool_schemas": "composer_plugins.envs.schemas",
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from composer_plugins.envs import shell
 from composer_plugins.envs.events import Event, absolute, failure_text
-from composer_plugins.envs.recorded import Recordings, Snapshot, Timeline
+from composer_plugins.envs.timeline import Recordings, Snapshot, Timeline
 from composer_plugins.envs.tool_errors import MAX_TEXT, ToolError, text_argument
 from composer_plugins.envs.tool_method import SMALLEST_RESULT
 from composer_plugins.errors import ConfigError

@@ -15,7 +15,9 @@ BUILTIN = Path(__file__).with_name("templates.toml")
 FIELDS = frozenset({"tool", "error", "path"})
 
 _PATH_KEYS = ("file_path", "path", "notebook_path", "filename", "file")
-_PATH_IN_TEXT = re.compile(r"(?<![\w:/])(?:~|\.{1,2})?/?(?:[\w@.+-]+/)+[\w@.+-]+")
+_PATH_IN_TEXT = re.compile(
+    r"(?<![\w:/.<])(?:(?:~|\.{1,2})?/(?:[\w@.+-]+/)*[\w@.+-]+|(?:[\w@.+-]+/)+[\w@.+-]+)(?<![.:,])"
+)
 
 
 class TemplateHints:
@@ -65,7 +67,7 @@ class TemplateHints:
 
     def _fill(self, tool, text: str, status: Status, error_class: str | None, path: str | None) -> Hint:
         known = error_class if error_class in self.templates else "default"
-        error = shorten(clean(text), self.max_error)
+        error = shorten(clean(text), self.max_error).rstrip(".")
         if path is None:
             found = _PATH_IN_TEXT.search(error)
             path = found.group(0) if found else None

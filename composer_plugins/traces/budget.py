@@ -44,7 +44,8 @@ class Costs:
     def __init__(self, count_tokens: CountTokens) -> None:
         self.count = count_tokens
         self._by_id: dict[int, tuple[Message, int]] = {}
-        self._base = count_tokens([{"role": "user", "content": ""}], [])
+        self._tools: dict[tuple[str, ...], int] = {}
+        self.base = count_tokens([{"role": "user", "content": ""}], [])
 
     def of(self, message: Message) -> int:
         """Return the estimated cost of one message of the trace; counted on first use."""
@@ -53,9 +54,16 @@ class Costs:
             known = self._by_id[id(message)] = (message, self.text(plain_text(message)))
         return known[1]
 
+    def tools(self, tools: list[dict[str, Any]]) -> int:
+        """Return what showing `tools` costs; counted once for each set of names."""
+        names = tuple(tool["function"]["name"] for tool in tools)
+        if names not in self._tools:
+            self._tools[names] = self.count([{"role": "user", "content": ""}], tools) - self.base
+        return self._tools[names]
+
     def text(self, text: str) -> int:
         """Return the cost of a text of its own message: the text and the template's frame."""
-        return max(1, self.count([{"role": "user", "content": text}], []) - self._base) + 5
+        return max(1, self.count([{"role": "user", "content": text}], []) - self.base) + 5
 
 
 def plain_text(message: Message) -> str:
@@ -108,7 +116,7 @@ class Fit:
         self.kept: list[list[int]] = list(self.units)
         self.limits: dict[int, int] = {}
         self.cost = {p: costs.of(m) for p, m in enumerate(messages)}
-        self.overhead = costs.count([{"role": "user", "content": ""}], tools)
+        self.overhead = costs.base + costs.tools(tools)
 
     def run(self) -> tuple[list[Message], Cut] | None:
         """Return the messages that fit and what was cut; None when the rest cannot be made to fit."""

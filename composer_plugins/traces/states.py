@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from composer_plugins.traces.budget import Costs, CountTokens, Fit, characters_over_four
 from composer_plugins.traces.schema import Cut, Message, State, Step, Trace
@@ -25,6 +26,8 @@ class Selection:
         with_text: text-only steps too (default: steps with tool calls).
         with_untrainable: synthetic, copied and interrupted steps too.
         max_tools: at most this many tools in a state: those of the action, then the most used.
+        tool_share: with a budget, the share of it that tools may take; the least used go first, the
+            action's own stay.
         max_action: leave out steps whose action costs more tokens than this.
     """
 
@@ -34,6 +37,7 @@ class Selection:
     with_text: bool = False
     with_untrainable: bool = False
     max_tools: int | None = None
+    tool_share: float = 0.5
     max_action: int | None = None
 
     def refuses(self, trace: Trace, step: Step) -> str | None:
@@ -116,7 +120,11 @@ def _state(
     tools = choose_tools(trace, action, usage, choice.max_tools)
     cut = Cut()
     if budget is not None:
-        schemas = [{"type": "function", "function": schema} for _, schema in sorted(tools.items())]
+        while costs.tools(schemas := as_functions(tools)) > budget * choice.tool_share:
+            fewer = choose_tools(trace, action, usage, len(tools) - 1)
+            if len(fewer) == len(tools):
+                break  # only the action's own are left
+            tools = fewer
         task = _task(messages, injected, step.state_start)
         fitted = Fit(messages, task, schemas, budget, costs).run()
         if fitted is None:
@@ -134,6 +142,11 @@ def _task(messages: list[Message], injected: set[int], start: int) -> int | None
     """Position of the first message that the user wrote (or of a compaction's summary)."""
     users = [p for p, message in enumerate(messages) if message.role == "user"]
     return next((p for p in users if p + start not in injected), users[0] if users else None)
+
+
+def as_functions(tools: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Tools in the OpenAI function format, as `State.tool_schemas` gives them."""
+    return [{"type": "function", "function": schema} for _, schema in sorted(tools.items())]
 
 
 def choose_tools(trace: Trace, action: Message, usage: Counter[str], limit: int | None) -> dict:
