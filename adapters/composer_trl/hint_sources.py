@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
+from composer_plugins.envs.tool_errors import NOT_RECORDED
 from composer_plugins.hints.splice import splice_messages
 from composer_plugins.traces.classify import classify_text
 
@@ -58,6 +59,8 @@ class HintSources:
         self._splicer: HintSplicer | None = None
 
     def _generated_hint(self, tool: str | None, text: str) -> tuple[str, str] | None:
+        if NOT_RECORDED in text:  # the log cannot answer: not the call's fault
+            return None
         status, error_class, _ = classify_text(text, tool=tool)
         if not status.failed:
             return None

@@ -58,7 +58,7 @@ def run(recipe: Recipe, *, command: str) -> Path:
     model, tokenizer, info = prepare_model(recipe, announce=main)
     trainer = ComposerGRPOTrainer(
         model,
-        reward_funcs=tool_call_reward(get_plugin_manager().rewards.get(recipe.reward).load(), tokenizer),
+        reward_funcs=tool_call_reward(get_plugin_manager().rewards.get(recipe.reward).load()(), tokenizer),
         args=args,
         train_dataset=build_dataset(rows),
         processing_class=tokenizer,

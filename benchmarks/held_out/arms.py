@@ -19,23 +19,23 @@ class Arm:
 
     Args:
         label: as it stands in the table.
-        policy, sdpo: weights of the two channels; both 0: no training.
+        policy, sdpo: which of the two channels are on; none: no training.
         feedback: what the error message of a failed completion says.
     """
 
     label: str
-    policy: float
-    sdpo: float
+    policy: bool
+    sdpo: bool
     feedback: Feedback = "informative"
 
 
 ARMS: dict[str, Arm] = {
-    "none": Arm("no training", 0.0, 0.0),
-    "grpo": Arm("GRPO", 1.0, 0.0),
-    "sdpo": Arm("sdpo alone", 0.0, 1.0),
-    "grpo_sdpo": Arm("GRPO + sdpo", 1.0, 1.0),
-    "grpo_sdpo_uninformative": Arm("GRPO + sdpo, hint says nothing (control)", 1.0, 1.0, "uninformative"),
-    "grpo_sdpo_random": Arm("GRPO + sdpo, hint names a random function (control)", 1.0, 1.0, "random"),
+    "none": Arm("no training", False, False),
+    "grpo": Arm("GRPO", True, False),
+    "sdpo": Arm("sdpo alone", False, True),
+    "grpo_sdpo": Arm("GRPO + sdpo", True, True),
+    "grpo_sdpo_uninformative": Arm("GRPO + sdpo, hint says nothing (control)", True, True, "uninformative"),
+    "grpo_sdpo_random": Arm("GRPO + sdpo, hint names a random function (control)", True, True, "random"),
 }
 
 
@@ -48,12 +48,14 @@ class Training:
         prompts: different prompts per step.
         group: completions per prompt.
         lr: constant learning rate of AdamW.
+        sdpo_weight: of the sdpo channel, in the arms that have it.
     """
 
     steps: int = 60
     prompts: int = 8
     group: int = 8
     lr: float = 5e-4
+    sdpo_weight: float = 0.3
 
     @property
     def rollouts(self) -> int:
@@ -83,11 +85,11 @@ def make_reward(task: Task, feedback: Feedback, seed: int) -> Callable[..., list
     return exact_match
 
 
-def composer_section(arm: Arm) -> dict[str, Any]:
+def composer_section(arm: Arm, sdpo_weight: float) -> dict[str, Any]:
     """Return the `composer` section of an arm; everything not named here is at its default."""
     return {
-        "policy": {"weight": arm.policy, "objective": "dr_grpo"},
-        "sdpo": {"weight": arm.sdpo, "hint": {"sources": ["feedback"], "placement": "local"}},
+        "policy": {"weight": float(arm.policy), "objective": "dr_grpo"},
+        "sdpo": {"weight": sdpo_weight * arm.sdpo, "hint": {"sources": ["feedback"], "placement": "local"}},
     }
 
 
@@ -102,7 +104,7 @@ def train(model, tokenizer, task: Task, arm: Arm, training: Training, *, seed: i
     """
     from composer_trl import ComposerGRPOConfig, ComposerGRPOTrainer
     from datasets import Dataset
-    from transformers import TrainerCallback
+    from transformers import PrinterCallback, TrainerCallback
 
     per_name = -(-training.steps * training.prompts // len(task.meaning))
     rows = [{"prompt": prompt(n, d), "name": n, "digits": d} for n, d in calls("train", per_name, seed)]
@@ -127,11 +129,12 @@ def train(model, tokenizer, task: Task, arm: Arm, training: Training, *, seed: i
             lr_scheduler_type="constant", weight_decay=0.0, per_device_train_batch_size=batch,
             num_generations=training.group, max_completion_length=8, temperature=1.0, logging_steps=1,
             save_strategy="no", report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False,
-            disable_tqdm=True, composer=composer_section(arm),
+            disable_tqdm=True, composer=composer_section(arm, training.sdpo_weight),
         )  # fmt: skip
         trainer = ComposerGRPOTrainer(
             model=model, reward_funcs=counted, args=args, train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer, callbacks=[Watch()],
         )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     return totals

@@ -138,6 +138,7 @@ def _one_thread() -> None:
 
     torch.set_num_threads(1)  # the processes share the cores, and sums keep their order
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
 
 def _short(accuracy: dict[str, float]) -> str:
@@ -155,6 +156,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="default: all")
     parser.add_argument("--steps", type=int, default=Training().steps, help="optimizer steps of each arm")
     parser.add_argument("--lr", type=float, default=Training().lr, help="learning rate of every arm")
+    parser.add_argument("--sdpo-weight", type=float, default=Training().sdpo_weight, help="in the arms that have sdpo")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes (default 2)")
     parser.add_argument("--out", type=Path, help="write every number to this JSON file")
     parser.add_argument("--readme", type=Path, help="write the tables between the markers of this file")
@@ -171,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     from benchmarks.held_out.report import render, write_section
 
-    settings = Settings(training=Training(steps=options.steps, lr=options.lr))
+    settings = Settings(training=Training(steps=options.steps, lr=options.lr, sdpo_weight=options.sdpo_weight))
     seeds = list(range(options.first_seed, options.first_seed + options.seeds))
     results = experiment(seeds, options.arms, settings, jobs=options.jobs)
     if options.out:

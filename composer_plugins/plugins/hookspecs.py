@@ -45,7 +45,7 @@ def register_teachers(register: Register) -> None:
 
 @hookspec
 def register_rewards(register: Register) -> None:
-    """Verifiable rewards. Object: callable `(action_text, state) -> composer_plugins.rewards.base.Reward`."""
+    """Verifiable rewards. Object: factory `(**options) -> composer_plugins.rewards.base.RewardFunction`."""
 
 
 @hookspec
