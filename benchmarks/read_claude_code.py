@@ -123,8 +123,8 @@ def main() -> None:
                 flush=True,
             )
         if found["agentpile"]:
-            ratio = found["agentpile"]["seconds"] / found["composer_plugins"]["seconds"]
-            print(f"agentpile takes {ratio:.1f} times as long")
+            ratio = found["agentpile"]["cpu"] / found["composer_plugins"]["cpu"]
+            print(f"agentpile takes {ratio:.1f} times the CPU time")
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-k", default="", help="pytest's -k expression")
     parser.add_argument("--section", default=HOST_SECTION, help="our `composer` section as JSON")
     parser.add_argument("--timeout", type=int, default=300, help="seconds per test")
-    parser.add_argument("--threads", type=int, default=2, help="torch threads")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads")
     parser.add_argument("--hub", type=Path, help="keep the stand-in models here (default: a temporary folder)")
     parser.add_argument("--json", type=Path, help="also write every outcome here")
     parser.add_argument("--verbose", action="store_true", help="show pytest's own output")
@@ -150,19 +150,21 @@ def verdict(results: dict[str, dict[str, Any]]) -> int:
     worse = [i for i, t in ours.items() if t["outcome"] in bad and stock.get(i, {}).get("outcome") not in bad]
     other = [i for i in stock.keys() | ours.keys() if stock.get(i, {}).get("outcome") != ours.get(i, {}).get("outcome")]
     runs = same = 0
-    different = []
+    different = {}
     for test in sorted(stock.keys() & ours.keys()):
         left, right = stock[test]["runs"], ours[test]["runs"]
         runs += max(len(left), len(right))
         same += sum(a == b for a, b in zip(left, right, strict=False))
         if left != right:
-            different.append(test)
+            pairs = list(zip(left, right, strict=False))
+            kinds = [kind for i, kind in enumerate(("parameters", "metrics")) if any(a[i] != b[i] for a, b in pairs)]
+            different[test] = ", ".join(kinds) or "number of trainings"
     print(f"\nFail with ours but not with stock: {len(worse)}")
     print("\n".join(f"  {i}: {ours[i]['reason']}" for i in sorted(worse)), end="\n" if worse else "")
     print(f"Any other difference of outcome: {len(set(other) - set(worse))}")
     print("".join(f"  {i}\n" for i in sorted(set(other) - set(worse))), end="")
     print(f"Trainings with bitwise equal parameters and equal logged metrics: {same} of {runs}")
-    print("".join(f"  differs: {i}\n" for i in different), end="")
+    print("".join(f"  {i}: other {what}\n" for i, what in different.items()), end="")
     if not runs:
         print("No training ran on both sides: nothing was compared.")
     return 1 if worse or other or different or not runs else 0

@@ -50,7 +50,8 @@ def run_arm(options: argparse.Namespace) -> None:
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from composer_plugins.models.resolve import load_model, resolve_model
+    from composer_plugins.models.loading import load_model
+    from composer_plugins.models.resolve import resolve_model
     from composer_plugins.models.toolcalls import install_tool_template
 
     torch.set_num_threads(options.threads)

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from composer_plugins.models.warm_start import apply_warm_start
 from rich.console import Console
 from rich.table import Table
 
 from composer_plugins.errors import ConfigError, SelfCheckError
-from composer_plugins.models.resolve import load_model, resolve_model
+from composer_plugins.models.loading import load_model
+from composer_plugins.models.resolve import resolve_model
 from composer_plugins.models.toolcalls import install_tool_template
 from composer_plugins.plugins import get_plugin_manager
 from composer_plugins.report.run_folder import Check, ModelInfo, RunSummary, RunWriter, StageCount
@@ -120,6 +120,8 @@ def prepare_model(recipe: Recipe, *, announce: bool = True):
     model, tokenizer = load_model(resolved, dtype=recipe.dtype, attn_implementation=recipe.attn_implementation)
     note = ""
     if recipe.warm_start:
+        from composer_plugins.models.warm_start import apply_warm_start
+
         model = apply_warm_start(model)
         note = "with the shipped warm start for tool calls merged in"
     if recipe.tool_template:

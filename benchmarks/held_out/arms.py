@@ -55,7 +55,7 @@ class Training:
     prompts: int = 8
     group: int = 8
     lr: float = 5e-4
-    sdpo_weight: float = 0.3
+    sdpo_weight: float = 1.0
 
     @property
     def rollouts(self) -> int:

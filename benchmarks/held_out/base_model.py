@@ -15,10 +15,21 @@ import numpy as np
 import torch
 from composer_trl.hint_sources import FEEDBACK_HINT
 from composer_trl.hinted_turns import HintSplicer
-from benchmarks.held_out.task import CALL_LENGTH, INFORMATIVE, LENGTH, NAMES, OPERATIONS, UNINFORMATIVE, Task, prompt, strings
-from tokenizers import models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from benchmarks.held_out.task import (
+    CALL_LENGTH,
+    INFORMATIVE,
+    LENGTH,
+    NAMES,
+    OPERATIONS,
+    UNINFORMATIVE,
+    Task,
+    prompt,
+    strings,
+)
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

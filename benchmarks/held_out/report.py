@@ -75,7 +75,9 @@ def render(results: dict[str, Any]) -> str:
     lines += ["**On the way: sampled, T = 1, after a share of the steps**", ""]
     trained = [arm for arm in runs if runs[arm][next(iter(base))]["curve"]]
     steps = list(runs[trained[0]][next(iter(base))]["curve"])
-    rows = [[ARMS[a].label, *(percent([runs[a][s]["curve"][k]["sampled"] for s in base]) for k in steps)] for a in trained]
+    rows = [
+        [ARMS[a].label, *(percent([runs[a][s]["curve"][k]["sampled"] for s in base]) for k in steps)] for a in trained
+    ]
     lines += _table(["arm", *(f"step {k}" for k in steps)], rows)
     return "\n".join(lines) + "\n"
 

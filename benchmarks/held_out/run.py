@@ -1,6 +1,6 @@
 """Held-out evidence: does distilling from a hint-reading self help on prompts that were never trained on?
 
-    python -m benchmarks.held_out.run --seeds 5 --out benchmarks/held_out/results.json
+    python -m benchmarks.held_out.run --seeds 8 --out benchmarks/held_out/results.json
 
 For every seed: draw the task, pre-train the base model, measure what hints are worth to it, then train each arm
 from that same base with the same number of rollouts, and measure on held-out prompts. Prints the tables, writes
@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ class Settings:
         curve: how often the accuracy is measured on the way.
     """
 
-    training: Training = Training()
+    training: Training = field(default_factory=Training)
     pretraining_steps: int = 800
     per_name: int = 25
     samples: int = 4
@@ -110,7 +110,9 @@ def experiment(seeds: list[int], arms: list[str], settings: Settings, *, jobs: i
                  f"{_short(base[str(seed)]['informative'])}", started)  # fmt: skip
         runs: dict[str, Any] = {arm: {} for arm in arms}
         if "none" in runs:
-            runs["none"] = {s: {"final": b["none"], "curve": {}, "rollouts": 0, "hinted_turns": 0} for s, b in base.items()}
+            runs["none"] = {
+                s: {"final": b["none"], "curve": {}, "rollouts": 0, "hinted_turns": 0} for s, b in base.items()
+            }
         pending = {(s, a): pool.submit(run_arm, s, a, settings, folder) for s in seeds for a in trained}
         for (seed, arm), future in pending.items():
             runs[arm][str(seed)] = future.result()
@@ -151,8 +153,10 @@ def _say(text: str, started: float) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.held_out.run", description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=5, help="number of seeds, 2 to 20 (default 5)")
-    parser.add_argument("--first-seed", type=int, default=1, help="the seeds are this one and the following (default 1)")
+    parser.add_argument("--seeds", type=int, default=8, help="number of seeds, 2 to 20 (default 8)")
+    parser.add_argument(
+        "--first-seed", type=int, default=1, help="the seeds are this one and the following (default 1)"
+    )
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="default: all")
     parser.add_argument("--steps", type=int, default=Training().steps, help="optimizer steps of each arm")
     parser.add_argument("--lr", type=float, default=Training().lr, help="learning rate of every arm")

@@ -52,7 +52,9 @@ def _print(report, output: Path) -> None:
     from rich.table import Table
 
     console = Console()
-    table = Table("teacher", "weights", "wanted", "reused", "asked", "answered", "failed", title="replays")
+    table = Table(title="replays")
+    for column in ("teacher", "weights", "wanted", "reused", "asked", "answered", "failed"):
+        table.add_column(column, overflow="fold")
     for name, count in report.teachers.items():
         label = f"{name} (demonstration)" if count.demonstration else name
         failed = ", ".join(f"{n} {reason}" for reason, n in sorted(count.failed.items())) or "0"

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from composer_plugins.errors import ConfigError
+from composer_plugins.models.toolcalls import CLOSE, OPEN, render_call
 from composer_plugins.preferences.canonical import Kind, kind_of, similarity
 from composer_plugins.preferences.rules import Candidate, PairOptions, candidates_of, cut_off
 from composer_plugins.preferences.votes import opinions_of
@@ -137,7 +138,8 @@ def _filtered(state, candidates, options, count_tokens) -> tuple[list[Pair], Cou
     """Return the pairs that pass, and how many candidates each filter took out."""
     pairs, reasons, seen = [], Counter(), set()
     for candidate in candidates:
-        (chosen, left, _), (rejected, right, _) = candidate.chosen, candidate.rejected
+        left, right = candidate.chosen[1], candidate.rejected[1]
+        chosen, rejected = (_trainable(side[0], options) for side in (candidate.chosen, candidate.rejected))
         alike = similarity(left, right)
         if left == right:
             reason = "identical"
@@ -155,18 +157,18 @@ def _filtered(state, candidates, options, count_tokens) -> tuple[list[Pair], Cou
             reasons[reason] += 1
             continue
         seen.add((left, right))
-        pairs.append(_pair(state, candidate, alike, options))
+        pairs.append(_pair(state, candidate, chosen, rejected, alike))
     return pairs, reasons
 
 
-def _pair(state: State, candidate: Candidate, alike: float, options: PairOptions) -> Pair:
+def _pair(state: State, candidate: Candidate, chosen: Message, rejected: Message, alike: float) -> Pair:
     digest = hashlib.sha256(msgspec.json.encode([candidate.chosen[1], candidate.rejected[1]])).hexdigest()[:12]
     return Pair(
         id=f"{state.id}:{candidate.rule}:{digest}",
         state_id=state.id,
         messages=state.messages,  # the state as it was: a hint is never part of a pair
-        chosen=_calls(candidate.chosen[0]) if options.calls_only else candidate.chosen[0],
-        rejected=_calls(candidate.rejected[0]) if options.calls_only else candidate.rejected[0],
+        chosen=chosen,
+        rejected=rejected,
         provenance=Provenance(
             rule=candidate.rule,
             chosen_by=candidate.chosen[2],
@@ -181,5 +183,18 @@ def _pair(state: State, candidate: Candidate, alike: float, options: PairOptions
     )
 
 
-def _calls(action: Message) -> Message:
-    return Message(role=action.role, tool_calls=action.tool_calls)
+def _trainable(action: Message, options: PairOptions) -> Message:
+    """Return the action as it is trained on.
+
+    A call that could not be read becomes text, as it was written: a chat template has no way to render it, and
+    rendering it with empty arguments would prefer against an action that nobody took.
+    """
+    if options.calls_only:
+        action = Message(role=action.role, tool_calls=action.tool_calls)
+    if all(call.raw_arguments is None for call in action.tool_calls):
+        return action
+    parts = [action.content] if action.content else []
+    for call in action.tool_calls:
+        nameless = call.raw_arguments is not None and not call.name
+        parts.append(f"{OPEN}\n{call.raw_arguments}\n{CLOSE}" if nameless else render_call(call))
+    return Message(role=action.role, content="\n".join(parts), thinking=action.thinking)

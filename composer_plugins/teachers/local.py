@@ -148,7 +148,7 @@ def load_weights(resolved: ResolvedModel, config: LocalConfig) -> tuple[Any, Any
     if config.warm_start:
         from composer_plugins.models.warm_start import apply_warm_start
 
-        model = apply_warm_start(model) or model
+        model = apply_warm_start(model)
     if config.adapter:
         model = _with_adapter(model, config)
     return model.eval(), tokenizer

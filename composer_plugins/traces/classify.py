@@ -65,6 +65,13 @@ class Rule:
     needs: str = ""
     status: Status = Status.ERROR
 
+    def found_in(self, text: str) -> bool:
+        """True when the rule holds; a pattern tied to the start is tried at the start only."""
+        if self.needs not in text:
+            return False
+        tied = self.pattern.pattern.startswith(r"\A")
+        return (self.pattern.match(text) if tied else self.pattern.search(text)) is not None
+
 
 def _rule(error_class: str, pattern: str, **options) -> Rule:
     return Rule(error_class, re.compile(pattern, re.MULTILINE), **options)
@@ -168,7 +175,7 @@ def classify_text(
     ends = _ends(body)
     if flagged or tagged:
         return *_flagged(ends, tagged, tool, exit_code, flagged), exit_code
-    rule = next((r for r in INFERRING if r.needs in ends and _allowed(r, tool) and r.pattern.search(ends)), None)
+    rule = next((r for r in INFERRING if _allowed(r, tool) and r.found_in(ends)), None)
     if rule is not None:
         return (Status.INFERRED_ERROR if rule.status is Status.ERROR else rule.status), rule.error_class, exit_code
     if exit_code and tool not in QUOTING_TOOLS:
@@ -177,7 +184,7 @@ def classify_text(
 
 
 def _flagged(ends: str, tagged: bool, tool: str | None, exit_code: int | None, flagged: bool):
-    rule = next((r for r in RULES if r.pattern.search(ends)), None)
+    rule = next((r for r in RULES if r.found_in(ends)), None)
     if rule is not None and rule.status is not Status.ERROR:
         return rule.status, rule.error_class
     named = None if rule is None else rule.error_class
@@ -214,7 +221,7 @@ def _allowed(rule: Rule, tool: str | None) -> bool:
 
 def _named(text: str) -> str | None:
     """Class of a text known to be an error, from the rules about errors only."""
-    return next((r.error_class for r in RULES if r.status is Status.ERROR and r.pattern.search(text)), None)
+    return next((r.error_class for r in RULES if r.status is Status.ERROR and r.found_in(text)), None)
 
 
 def _ends(text: str) -> str:
@@ -229,6 +236,9 @@ def _untag(text: str) -> tuple[str, bool]:
 
 
 def _exit_code(text: str) -> int | None:
+    ends = (text[:200] + text[-200:]).lower()
+    if "exit" not in ends and "returncode" not in ends:
+        return None
     found = _EXIT.search(text[:200]) or _EXIT.search(text[-200:])
     if found is None or (found.group(1) is None and found.group(2) is None):
         return None

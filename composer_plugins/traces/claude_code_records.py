@@ -90,14 +90,17 @@ def decode_line(raw: bytes) -> tuple[list[Line], list[Damage]]:
     """
     try:
         return [_decoder.decode(raw)], []
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return _salvage(raw)
 
 
 def _salvage(raw: bytes) -> tuple[list[Line], list[Damage]]:
-    text = raw.decode("utf-8", "replace").strip().strip("\x00")
+    text = raw.decode("utf-8", "replace").strip("\ufeff \t\r\n")
     if not text:
         return [], [Damage("blank_line", "the line is empty")]
+    text = text.strip("\x00")
+    if not text:
+        return [], [Damage("not_json", "zero bytes, as a crash leaves them")]
     if "{" not in text and not text[0].isprintable():
         return [], [Damage("not_json", "binary data")]
     records: list[Line] = []

@@ -162,11 +162,11 @@ def test_advantages(scale, eps, ddof, singleton, oracle, rng):
     assert (got[11] != 0) == (singleton == "reward")
 
 
-def test_equal_rewards_give_exact_zeros():
-    """In float32 the mean of six 0.7 is not 0.7; divided by eps the rest would look like a signal."""
-    assert torch.full((6,), 0.7).mean() != 0.7 or torch.full((12,), 0.1).mean() != 0.1
-    for value, size in ((0.7, 6), (0.1, 12), (1 / 3, 5)):
-        assert group_advantages(torch.full((size,), value), size).count_nonzero() == 0
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("value", "size"), [(0.7, 6), (0.1, 12), (1 / 3, 5), (0.1, 3)])
+def test_equal_rewards_give_exact_zeros(value, size, dtype):
+    """The mean of three 0.1 is not 0.1; what is left, divided by eps, would look like a signal."""
+    assert group_advantages(torch.full((size,), value, dtype=dtype), size).count_nonzero() == 0
 
 
 @pytest.mark.parametrize(

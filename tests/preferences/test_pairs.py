@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from composer_plugins.errors import ConfigError
+from composer_plugins.models.toolcalls import parse_action
 from composer_plugins.preferences import PairOptions, PairStats, build_pairs
 from composer_plugins.traces.schema import Hint, Message, Replay, SourceRef, State, Status, ToolCall, ToolResult
 
@@ -119,11 +120,22 @@ def test_invalid_calls_lose_without_a_vote_but_not_when_cut_off():
     replays = [said("x", broken), said("y", unknown), said("x", act(("Bash", "{")), sample=1, finish="length")]
     found, stats = make(state(), replays)
     assert [p.provenance.rule for p in found] == ["invalid_call"] * 2
-    assert {p.rejected.tool_calls[0].name for p in found} == {"Read", "Fly"}
+    text, fly = (p.rejected for p in found)
+    assert text.content == '<tool_call>\n{"name": "Read", "arguments": {"file_path": }\n</tool_call>'
+    assert not text.tool_calls and calls_of(fly) == [("Fly", {"to": "moon"})]
     assert stats.answers == {"failed": 0, "unparsed": 1, "unknown_tool": 1, "cut_off": 1}
     assert make(state(status=Status.ERROR), replays)[0] == []
     assert len(make(state(tools={}), replays)[0]) == 1, "without a tool list no name is unknown"
     assert make(state(), replays, rules=("agreement",))[0] == []
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["Sure.\n<tool_call>\nls -la\n</tool_call>", '<tool_call>\n{"name": "Read", "arguments": [1]}\n</tool_call>'],
+)
+def test_an_unreadable_call_is_trained_against_as_it_was_written(written):
+    [pair], _ = make(state(), [said("x", parse_action(written))])
+    assert pair.rejected.to_chat() == {"role": "assistant", "content": written}
 
 
 def test_recovered_error_is_off_by_default_and_wants_the_same_tool_soon():

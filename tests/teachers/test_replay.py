@@ -118,6 +118,9 @@ def test_a_dead_server_is_given_up_but_unaskable_states_are_not(chat_server, sta
     picky = chat_server(lambda body, n: reply.completion("x") if n == 39 else reply.Reply(b"{}", 400))
     report = replay(states_file(40), teachers_for(picky, max_concurrency=1), tmp_path / "b.jsonl", give_up_after=4)
     assert report.teachers["a"].failed == {"refused": 39}
+    shaky = chat_server(lambda body, n: reply.completion("x") if n % 4 == 3 else reply.Reply(b"{}", 503))
+    report = replay(states_file(40), teachers_for(shaky, max_concurrency=1), tmp_path / "c.jsonl", give_up_after=4)
+    assert report.teachers["a"].answered == 10, "three failures, then an answer: not given up"
 
 
 def test_a_refused_key_keeps_what_had_been_answered(chat_server, states_file, tmp_path, reply):
@@ -139,9 +142,12 @@ def test_a_half_written_line_is_dropped_and_asked_again(chat_server, states_file
         replay(states, teachers_for(server, max_concurrency=1), out)
     with partial_path(out).open("ab") as file:
         file.write(junk)
+    server.script = lambda body, n: reply.completion("y") if n == 3 else reply.Reply(b"{}", 401)
+    with pytest.raises(TeacherError, match="3 good answers are kept"):  # interrupted again, right after the junk
+        replay(states, teachers_for(server, max_concurrency=1), out)
     server.script = lambda body, n: reply.completion("y")
     report = replay(states, teachers_for(server), out)
-    assert report.dropped == 1 and sorted(asked(server)[3:]) == ["2", "3"]
+    assert report.dropped == 0 and asked(server)[3:] == ["2", "3", "3"]
     assert [r.action.content for r in read_stage(out, Replay)] == ["x", "x", "y", "y"]
 
 

@@ -37,8 +37,8 @@ _QWEN_SPECIAL = {
     151658: "</tool_call>", 151665: "<tool_response>", 151666: "</tool_response>", 151667: "<think>",
     151668: "</think>",
 }  # fmt: skip
-#: Size of the stand-in for Qwen's vocabulary, 151,669 entries in the original: on tiny models the original
-#: size costs 20 times the time and tests nothing more. Larger ids that tests write down move to its end.
+#: Entries of the stand-in for Qwen's vocabulary (the original: 151,669, which on tiny models is nearly all of
+#: the time). Larger ids that tests write down move to its end.
 QWEN_SIZE = 8192
 _MOVED = [i for i in (*sorted(_QWEN_TEXT), *_QWEN_SPECIAL) if i >= QWEN_SIZE - 64]
 MOVED_IDS = dict(zip(_MOVED, range(QWEN_SIZE - len(_MOVED), QWEN_SIZE), strict=True))
