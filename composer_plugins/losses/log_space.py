@@ -19,6 +19,8 @@ def log_softmax(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
 
 def kl_entries(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """p (log p - log q) per entry; 0 where p = 0, inf where p > 0 = q; the gradient is finite everywhere."""
+    if _all_possible(first) and _all_possible(second):  # the usual case, at a quarter of the time
+        return first.exp() * (first - second)
     has_mass = first.detach().exp() > 0
     infinite = has_mass & second.detach().isneginf()
     finite = has_mass & ~infinite
@@ -29,8 +31,11 @@ def kl_entries(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 def log_mixture(student: torch.Tensor, teacher: torch.Tensor, alpha: float) -> torch.Tensor:
     """log((1 - alpha) S + alpha T) per entry, for 0 < alpha < 1."""
+    weights = math.log1p(-alpha), math.log(alpha)
+    if _all_possible(student):
+        return torch.logaddexp(student + weights[0], teacher + weights[1])
     possible = ~(student.detach().isneginf() & teacher.isneginf())
-    mixture = torch.logaddexp(safe(student, possible) + math.log1p(-alpha), safe(teacher, possible) + math.log(alpha))
+    mixture = torch.logaddexp(safe(student, possible) + weights[0], safe(teacher, possible) + weights[1])
     return mixture.masked_fill(~possible, -torch.inf)
 
 
@@ -58,6 +63,11 @@ def normalize(logprobs: torch.Tensor) -> torch.Tensor:
     """Divide by the mass of the row; a row without mass stays without."""
     total = _logsumexp(logprobs)
     return logprobs - total.masked_fill(total.detach().isneginf(), 0.0)
+
+
+def _all_possible(logprobs: torch.Tensor) -> bool:
+    """True when no entry is -inf (or nan)."""
+    return logprobs.numel() == 0 or bool(logprobs.detach().amin() > -torch.inf)
 
 
 def _logsumexp(logprobs: torch.Tensor) -> torch.Tensor:

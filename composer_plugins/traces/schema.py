@@ -71,11 +71,11 @@ class Message(Record):
     thinking: str | None = None
 
     def to_chat(self) -> dict[str, Any]:
-        """Return the dict that chat templates and OpenAI-style APIs take (arguments as an object)."""
+        """Return the dict that chat templates take: arguments as an object, or as written when unreadable."""
         chat: dict[str, Any] = {"role": self.role, "content": self.content}
         if self.tool_calls:
             chat["tool_calls"] = [
-                {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
+                {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": _arguments(c)}}
                 for c in self.tool_calls
             ]
         if self.tool_call_id is not None:
@@ -83,6 +83,10 @@ class Message(Record):
         if self.name is not None:
             chat["name"] = self.name
         return chat
+
+
+def _arguments(call: ToolCall) -> dict[str, Any] | str:
+    return call.arguments if call.raw_arguments is None else call.raw_arguments
 
 
 class Step(Record):

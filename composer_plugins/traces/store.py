@@ -135,11 +135,13 @@ def read_stage(path: Path, record: type[T], *, require_manifest: bool = True) ->
     """
     if not path.exists():
         raise TraceError(f"Expected a {record.__name__} stage file at {path}: there is no such file.")
+    expected = None
     if require_manifest:
-        found = read_manifest(path).record
-        if found != record.__name__:
-            raise TraceError(f"{path} holds {found} records, expected {record.__name__}: pass another file.")
-    decoder = msgspec.json.Decoder(record)
+        manifest = read_manifest(path)
+        expected = manifest.written
+        if manifest.record != record.__name__:
+            raise TraceError(f"{path} holds {manifest.record} records, expected {record.__name__}: pass another file.")
+    decoder, number = msgspec.json.Decoder(record), 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -149,3 +151,8 @@ def read_stage(path: Path, record: type[T], *, require_manifest: bool = True) ->
                     f"{path}, line {number}: not a {record.__name__} record ({error}). "
                     "The file was edited or cut: run the stage that writes it again."
                 ) from error
+    if expected is not None and number != expected:
+        raise TraceError(
+            f"{path} has {number} records, but its manifest says {expected}: lines were lost or added. "
+            "Run the stage that writes it again."
+        )
