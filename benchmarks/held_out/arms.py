@@ -48,7 +48,7 @@ class Training:
         prompts: different prompts per step.
         group: completions per prompt.
         lr: constant learning rate of AdamW.
-        sdpo_weight: of the sdpo channel, in the arms that have it.
+        sdpo_weight, denominator_floor, teacher: of the sdpo channel, in the arms that have it.
     """
 
     steps: int = 60
@@ -56,6 +56,8 @@ class Training:
     group: int = 8
     lr: float = 5e-4
     sdpo_weight: float = 1.0
+    denominator_floor: int = 0
+    teacher: str = "ema"
 
     @property
     def rollouts(self) -> int:
@@ -85,12 +87,15 @@ def make_reward(task: Task, feedback: Feedback, seed: int) -> Callable[..., list
     return exact_match
 
 
-def composer_section(arm: Arm, sdpo_weight: float) -> dict[str, Any]:
+def composer_section(arm: Arm, training: Training) -> dict[str, Any]:
     """Return the `composer` section of an arm; everything not named here is at its default."""
-    return {
-        "policy": {"weight": float(arm.policy), "objective": "dr_grpo"},
-        "sdpo": {"weight": sdpo_weight * arm.sdpo, "hint": {"sources": ["feedback"], "placement": "local"}},
+    sdpo = {
+        "weight": training.sdpo_weight * arm.sdpo,
+        "denominator_floor": training.denominator_floor,
+        "teacher": {"kind": training.teacher},
+        "hint": {"sources": ["feedback"], "placement": "local"},
     }
+    return {"policy": {"weight": float(arm.policy), "objective": "dr_grpo"}, "sdpo": sdpo}
 
 
 def train(model, tokenizer, task: Task, arm: Arm, training: Training, *, seed: int, on_step: Callable[[int], None]):
@@ -129,7 +134,7 @@ def train(model, tokenizer, task: Task, arm: Arm, training: Training, *, seed: i
             lr_scheduler_type="constant", weight_decay=0.0, per_device_train_batch_size=batch,
             num_generations=training.group, max_completion_length=8, temperature=1.0, logging_steps=1,
             save_strategy="no", report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False,
-            disable_tqdm=True, composer=composer_section(arm, training.sdpo_weight),
+            disable_tqdm=True, composer=composer_section(arm, training),
         )  # fmt: skip
         trainer = ComposerGRPOTrainer(
             model=model, reward_funcs=counted, args=args, train_dataset=Dataset.from_list(rows),

@@ -91,6 +91,8 @@ def run_arm(seed: int, arm: str, settings: Settings, folder: Path) -> dict[str, 
 
     started = time.perf_counter()
     totals = train(model, tokenizer, task, ARMS[arm], training, seed=seed, on_step=on_step)
+    if totals["rollouts"] != training.rollouts:
+        raise RuntimeError(f"{arm} sampled {totals['rollouts']} completions, not the {training.rollouts} all arms get.")
     return {"final": copy.deepcopy(curve[str(training.steps)]), "curve": curve, **totals,
             "seconds": round(time.perf_counter() - started, 1)}  # fmt: skip
 
@@ -161,6 +163,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=Training().steps, help="optimizer steps of each arm")
     parser.add_argument("--lr", type=float, default=Training().lr, help="learning rate of every arm")
     parser.add_argument("--sdpo-weight", type=float, default=Training().sdpo_weight, help="in the arms that have sdpo")
+    parser.add_argument("--denominator-floor", type=int, default=0, help="sdpo.denominator_floor (default 0)")
+    parser.add_argument("--teacher", default="ema", choices=["ema", "live", "reference"], help="sdpo.teacher.kind")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes (default 2)")
     parser.add_argument("--out", type=Path, help="write every number to this JSON file")
     parser.add_argument("--readme", type=Path, help="write the tables between the markers of this file")
@@ -177,7 +181,11 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     from benchmarks.held_out.report import render, write_section
 
-    settings = Settings(training=Training(steps=options.steps, lr=options.lr, sdpo_weight=options.sdpo_weight))
+    training = Training(
+        steps=options.steps, lr=options.lr, sdpo_weight=options.sdpo_weight,
+        denominator_floor=options.denominator_floor, teacher=options.teacher,
+    )  # fmt: skip
+    settings = Settings(training=training)
     seeds = list(range(options.first_seed, options.first_seed + options.seeds))
     results = experiment(seeds, options.arms, settings, jobs=options.jobs)
     if options.out:

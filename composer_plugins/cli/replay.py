@@ -16,6 +16,9 @@ def replay(
         typer.Option(help="YAML list of teachers; default: two local demonstration teachers (no server, no key)."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N states.")] = None,
+    errors_first: Annotated[
+        bool, typer.Option("--errors-first", help="Start with the states whose recorded action failed.")
+    ] = False,
     give_up_after: Annotated[int, typer.Option(min=1, help="Stop a teacher after N failures in a row.")] = 20,
 ) -> None:
     """Ask every teacher what it would have done at every state (data for channel 3, our own addition).
@@ -43,7 +46,15 @@ def replay(
                 tasks[name] = bar.add_task(name, total=total)
             bar.update(tasks[name], completed=done)
 
-        report = run(states, build_teachers(configs), output, limit=limit, give_up_after=give_up_after, progress=step)
+        report = run(
+            states,
+            build_teachers(configs),
+            output,
+            limit=limit,
+            errors_first=errors_first,
+            give_up_after=give_up_after,
+            progress=step,
+        )
     _print(report, output)
 
 

@@ -24,13 +24,15 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase, ref: str) -> None:
 def check_generative(config: PreTrainedConfig, ref: str) -> None:
     """Refuse encoder-only and encoder-decoder models: the losses need one causal language model."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
     fix = "Use a decoder-only language model (an instruct or chat model)."
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{ref} is an encoder-decoder model ({config.model_type}). {fix}")
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    # Config classes of encoders (BERT and its kin) carry `is_decoder`, False unless made to generate.
-    if (config.model_type not in CAUSAL and not remote) or getattr(config, "is_decoder", None) is False:
+    # BERT and its kin are in both tables, and see both sides unless `is_decoder`. GPT-NeoX has the flag too, unused.
+    encoder = config.model_type in (*MASKED, "bert-generation") and getattr(config, "is_decoder", None) is False
+    if (config.model_type not in CAUSAL and not remote) or encoder:
         raise ModelError(f"{ref} is an encoder-only model ({config.model_type}): it cannot generate. {fix}")
 
 

@@ -12,6 +12,10 @@ What was found for SmolLM2-135M-Instruct (transformers 5.10) against the model o
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import json
+import logging
 import shutil
 import tempfile
 from pathlib import Path
@@ -19,14 +23,18 @@ from typing import TYPE_CHECKING, Any
 
 from composer_plugins.errors import ModelError
 from composer_plugins.models.wheel import cache_dir
+from composer_plugins.traces.store import file_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from composer_plugins.models.resolve import ResolvedModel
 
+logger = logging.getLogger(__name__)
 #: Raised whenever the conversion changes, so that old copies are not taken for new ones.
-CONVERSION = 1
+CONVERSION = 2
+#: Beside the converted files: their SHA-256 by name, so that a damaged copy is noticed and made again.
+SEAL = "converted.json"
 _SPECIAL = {
     "bos_token": "tokenizer.ggml.bos_token_id",
     "eos_token": "tokenizer.ggml.eos_token_id",
@@ -39,25 +47,59 @@ def converted_dir(resolved: ResolvedModel) -> Path:
     """Return a directory with the GGUF model as float32 safetensors and a repaired tokenizer.
 
     Converted on first use into our cache, keyed by the file's SHA-256, and moved into place in one rename.
+    A copy whose files are not the ones that were written (cut, edited, missing) is logged and made again.
 
     Raises:
-        ModelError: the file is no GGUF file that transformers can read.
+        ModelError: the file is no GGUF file that transformers can read, or the cache cannot be written.
     """
     target = cache_dir() / "converted" / f"{resolved.sha256[:32]}-v{CONVERSION}"
-    if target.is_dir():
+    if _is_whole(target):
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=".convert-"))
+    if target.exists():
+        logger.warning("%s is damaged and is made again from %s", target, resolved.path / resolved.gguf_file)
     try:
-        _convert(resolved, folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=".convert-"))
         try:
-            folder.replace(target)
-        except OSError:
-            if not target.is_dir():  # another process may have won the race: its copy is the same
-                raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+            _convert(resolved, folder / "new")
+            _put(folder / "new", target, aside=folder / "old")
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        raise ModelError(f"cannot write {target}: {error}. Set COMPOSER_CACHE to a writable folder.") from error
     return target
+
+
+def _put(new: Path, target: Path, *, aside: Path) -> None:
+    """Move `new` to `target`; a damaged copy that is there goes `aside`, a whole one stays."""
+    (new / SEAL).write_text(json.dumps({f.name: file_sha256(f) for f in sorted(new.iterdir())}, indent=1))
+    for _ in range(3):  # another process may put its own copy there between any two lines
+        if _is_whole(target):
+            return
+        with contextlib.suppress(FileNotFoundError):
+            target.replace(aside)
+        try:
+            new.replace(target)
+            return
+        except OSError as error:
+            failure = error
+            shutil.rmtree(aside, ignore_errors=True)
+    raise failure
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        expected = json.loads((folder / SEAL).read_bytes())
+        stats = tuple((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.iterdir()))
+        return "model.safetensors" in expected and _hashes(folder, stats) == expected
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+@functools.lru_cache(maxsize=8)
+def _hashes(folder: Path, stats: tuple[tuple[str, int, int], ...]) -> dict[str, str]:
+    """SHA-256 of the files, read once per process as long as sizes and times stay the same."""
+    return {name: file_sha256(folder / name) for name, _, _ in stats if name != SEAL}
 
 
 def _convert(resolved: ResolvedModel, folder: Path) -> None:
@@ -75,7 +117,7 @@ def _convert(resolved: ResolvedModel, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(resolved.path, gguf_file=name)
     except ImportError as error:
         raise ModelError(f"Reading GGUF files needs the `gguf` package: pip install gguf ({error})") from error
-    except (OSError, ValueError, KeyError, IndexError, NotImplementedError, RuntimeError) as error:
+    except (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, OverflowError) as error:
         raise ModelError(
             f"{resolved.path / name} cannot be read as a GGUF model ({type(error).__name__}: {error}). "
             "It is damaged or of an unsupported architecture: fetch it again, or use safetensors."

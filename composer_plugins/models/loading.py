@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
+_FAILURES = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError)
 
 
 def load_model(
@@ -83,10 +84,15 @@ def _read(factory: Any, folder: Path, resolved: ResolvedModel, **options: Any) -
 
     try:
         return factory.from_pretrained(folder, trust_remote_code=resolved.trust_remote_code, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
+    except (*_FAILURES, SafetensorError) as error:
         what = factory.__name__.removeprefix("Auto")
-        lines = str(error).strip().splitlines() or ["no message"]
+        text = str(error).strip()
+        fix = "The files are damaged, half-downloaded or do not belong together: fetch the model again."
+        if "trust_remote_code" in text:
+            fix = "Read the code that comes with the model, then set trust_remote_code: true, or use another model."
+        elif isinstance(error, ImportError) or "does not recognize this architecture" in text:
+            fix = "This environment lacks what the model needs: install it, or use another model."
+        first = text.splitlines()[0] if text else "no message"
         raise ModelError(
-            f"The {what} of {resolved.ref} ({folder}) cannot be read: {type(error).__name__}: {lines[0]} "
-            "The files are damaged, half-downloaded or do not belong together: fetch the model again."
+            f"The {what} of {resolved.ref} ({folder}) cannot be read: {type(error).__name__}: {first} {fix}"
         ) from error

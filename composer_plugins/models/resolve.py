@@ -186,6 +186,8 @@ def _local(ref: str, path: Path, trust_remote_code: bool) -> ResolvedModel:
             return ResolvedModel(
                 ref, path, ggufs[0], "local", weights_sha256(path, ggufs[0]), None, trust_remote_code
             )
+        if ggufs:
+            raise ModelError(f"{ref!r} holds {len(ggufs)} GGUF files: pass the path of one, e.g. {path / ggufs[0]}.")
         weight_files(path)  # raises for an adapter or an empty folder
         raise ModelError(f"Expected config.json in {ref!r}: the directory is not a complete model. Download it again.")
     return ResolvedModel(ref, path, None, "local", weights_sha256(path, None), None, trust_remote_code)

@@ -12,6 +12,7 @@ back; what cannot be read is kept in `raw_arguments`, never dropped (`problems` 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
@@ -26,10 +27,20 @@ if TYPE_CHECKING:
 
 OPEN, CLOSE, END_OF_TURN = "<tool_call>", "</tool_call>", "<|im_end|>"
 
-_DECODER = json.JSONDecoder()
+#: Arguments nested deeper than this are not read: templates, comparison and storage all recurse into them.
+MAX_DEPTH = 64
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_constant)
+#: What reading model-written JSON can raise: ValueError covers syntax, NaN and integers of over 4300 digits.
+_UNREADABLE = (ValueError, RecursionError)
 _THINKING = re.compile(r"\A<think>\n?(.*?)\n?</think>\n?", re.DOTALL)
-# A call whose name can be read although its arguments cannot.
-_NAMED = re.compile(r'\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(.*?)\s*\}?\s*\Z', re.DOTALL)
+# The beginning of a call whose name can be read although its arguments cannot.
+_NAMED = re.compile(r'\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:')
 
 #: Legacy response schema of transformers (before 5.13), which TRL's `parse_response` reads. It yields
 #: `content` and `tool_calls`; a broken call makes the whole message plain text, as TRL does for any model.
@@ -38,7 +49,7 @@ RESPONSE_SCHEMA: dict[str, Any] = {
     "x-regex": (
         r"\A(?:<think>\n?(?P<reasoning_content>.*?)\n?</think>\n?)?"
         r"(?P<content>(?:(?!<tool_call>).)*?)"
-        r"(?:\n?(?P<tool_calls><tool_call>.*</tool_call>))?\s*(?:<\|im_end\|>|\Z)"
+        r"(?:\n?(?P<tool_calls><tool_call>.*</tool_call>)\s*)?(?:<\|im_end\|>|\Z)"
     ),
     "properties": {
         "role": {"const": "assistant"},
@@ -152,15 +163,7 @@ def problems(message: Message) -> list[str]:
         if call.raw_arguments is None:
             continue
         who = f"tool call {number}" + (f" ({call.name})" if call.name else "")
-        try:
-            value, reason = json.loads(call.raw_arguments), ""
-        except (json.JSONDecodeError, RecursionError) as error:
-            value, reason = None, f"not valid JSON ({getattr(error, 'msg', 'nested too deeply')})"
-        if not reason and call.name:
-            reason = f"arguments must be an object, found {type(value).__name__}"
-        elif not reason:
-            reason = 'expected {"name": ..., "arguments": {...}} closed by ' + CLOSE
-        found.append(f"{who}: {reason}")
+        found.append(f"{who}: {_why_broken(call)}")
     return found
 
 
@@ -185,7 +188,7 @@ def _read_call(text: str, start: int) -> tuple[ToolCall, int]:
     begin = start + len(text[start:]) - len(text[start:].lstrip())
     try:
         value, end = _DECODER.raw_decode(text, begin)
-    except (json.JSONDecodeError, RecursionError):
+    except _UNREADABLE:
         value, end = None, -1
     else:
         tail = text[end:].lstrip()
@@ -198,6 +201,20 @@ def _read_call(text: str, start: int) -> tuple[ToolCall, int]:
     return _broken_call(payload.strip()), position
 
 
+def _why_broken(call: ToolCall) -> str:
+    try:
+        value = _DECODER.decode(call.raw_arguments)
+    except RecursionError:
+        return "not valid JSON (nested too deeply)"
+    except ValueError as error:
+        return f"not valid JSON ({getattr(error, 'msg', None) or str(error).split(';')[0]})"
+    if reason := _unusable(value):
+        return reason
+    if call.name and not isinstance(value, dict):
+        return f"arguments must be an object, found {type(value).__name__}"
+    return 'expected {"name": ..., "arguments": {...}} closed by ' + CLOSE
+
+
 def _as_call(value: Any) -> ToolCall | None:
     """Return the call that a JSON value is, or None. Arguments may be an object or a JSON string of one."""
     if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
@@ -205,21 +222,43 @@ def _as_call(value: Any) -> ToolCall | None:
     arguments = value.get("arguments")
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
-        except (json.JSONDecodeError, RecursionError):
+            arguments = _DECODER.decode(arguments)
+        except _UNREADABLE:
             return None
     if arguments is None:
         arguments = {}
-    return ToolCall(id="", name=value["name"], arguments=arguments) if isinstance(arguments, dict) else None
+    if not isinstance(arguments, dict) or _unusable([value["name"], arguments]):
+        return None
+    return ToolCall(id="", name=value["name"], arguments=arguments)
+
+
+def _unusable(value: Any) -> str | None:
+    """Say why a JSON value cannot be kept as arguments (nesting, half a surrogate pair), or return None."""
+    level, depth = [value], 0
+    while level:
+        inner: list[Any] = []
+        for item in level:
+            if isinstance(item, str):
+                if not item.isascii() and any("\ud800" <= character <= "\udfff" for character in item):
+                    return "half a surrogate pair (\\ud800 to \\udfff), which is no character"
+            elif isinstance(item, dict):
+                inner += [*item.keys(), *item.values()]
+            elif isinstance(item, list):
+                inner += item
+        level, depth = inner, depth + 1
+        if depth > MAX_DEPTH:
+            return f"nested more than {MAX_DEPTH} levels deep"
+    return None
 
 
 def _broken_call(payload: str) -> ToolCall:
     """Keep an unreadable payload: name and raw arguments when the name can be told, else all of it as raw."""
     if match := _NAMED.match(payload):
-        try:
-            return ToolCall(id="", name=json.loads(match.group(1)), raw_arguments=match.group(2))
-        except json.JSONDecodeError:
-            pass
+        rest = payload[match.end() :].strip().removesuffix("}").rstrip()
+        with contextlib.suppress(json.JSONDecodeError):
+            name = json.loads(match.group(1))
+            if not _unusable(name):
+                return ToolCall(id="", name=name, raw_arguments=rest)
     return ToolCall(id="", name="", raw_arguments=payload)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -18,10 +19,10 @@ from composer_plugins.traces.schema import Message, State, ToolCall
 BEGUN, NAMED = 0.25, 0.5
 #: Weight of an optional argument in the agreement; a required one has 1 (descriptions matter less than commands).
 OPTIONAL = 0.25
-#: Longer values are compared by their beginning only: the comparison is quadratic.
+#: The comparison is quadratic, so of what lies between the common beginning and end at most this is matched.
 MAX_TOKENS = 400
 
-_TOKEN = re.compile(r"\w+|[^\w\s]")
+_TOKEN = re.compile(r"^[ \t]+|\w+|[^\w\s]", re.MULTILINE)  # indentation counts: in code it has a meaning
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "string": str, "integer": int, "number": (int, float), "boolean": bool,
     "array": list, "object": dict, "null": type(None),
@@ -52,14 +53,15 @@ class ToolCallReward:
     - `agreement`: over the same matches, the similarity of the arguments (1 for equal in canonical form,
       token-level edit similarity for text), optional arguments at a quarter of the weight.
 
-    The last two are taken from the target that fits best. A target without calls (a final answer) asks for
-    text: an action without calls then gets 1 for the first four parts and text similarity for the last.
+    The last two are taken from the target that gives the highest value, so a further target never lowers it.
+    A target without calls (a final answer) asks for text: an action without calls then gets 1 for the first
+    four parts and text similarity for the last.
 
     Args:
         weights: keyword arguments of `Weights`, to change single ones.
 
     Raises:
-        ConfigError: an unknown part, a negative weight, or all weights zero.
+        ConfigError: an unknown part, a weight that is no number >= 0, or all weights zero.
     """
 
     def __init__(self, **weights: float) -> None:
@@ -68,8 +70,9 @@ class ToolCallReward:
         if unknown:
             raise ConfigError(f"Unknown part {unknown[0]!r} of the tool_call reward; parts: {', '.join(known)}.")
         chosen = vars(Weights(**weights))
-        if min(chosen.values()) < 0 or sum(chosen.values()) <= 0:
-            raise ConfigError(f"Weights of the tool_call reward must be >= 0 and not all 0; found {chosen}.")
+        usable = all(isinstance(value, int | float) and math.isfinite(value) for value in chosen.values())
+        if not usable or min(chosen.values()) < 0 or sum(chosen.values()) <= 0:
+            raise ConfigError(f"Weights of the tool_call reward must be numbers >= 0 and not all 0; found {chosen}.")
         self.weights = {name: value / sum(chosen.values()) for name, value in chosen.items()}
 
     def __call__(self, action_text: str, state: State) -> Reward:
@@ -82,14 +85,16 @@ class ToolCallReward:
         """Return the reward of `action_text`; see `RewardFunction.score`. No target: the last two parts are 0."""
         action = parse_action(action_text)
         calls = [call for call in action.tool_calls if call.raw_arguments is None]
-        if not action.tool_calls and targets and all(not target.tool_calls for target in targets):
-            return self._answer(action, targets)
+        answers = [target for target in targets if not target.tool_calls]
+        if answers and not action.tool_calls:
+            return self._answer(action, answers)
         parts = {
             "parse": _parse_score(action),
             "known_tool": _mean([float(call.name in tools) for call in calls]) * _readable(action),
             "arguments": _mean([_argument_score(call, tools) for call in calls]) * _readable(action),
         }
-        same, agreement = max((_match(action.tool_calls, t.tool_calls, tools) for t in targets), default=(0.0, 0.0))
+        matches = [_match(action.tool_calls, target.tool_calls, tools) for target in targets]
+        same, agreement = max(matches, key=self._worth, default=(0.0, 0.0))
         parts |= {"same_tool": same, "agreement": agreement}
         return Reward(self._value(parts), parts, _feedback(action, parts, tools, targets))
 
@@ -99,26 +104,41 @@ class ToolCallReward:
         feedback = None if similarity == 1.0 else "The answer differs from the expected one."
         return Reward(self._value(parts), parts, feedback)
 
+    def _worth(self, match: tuple[float, float]) -> float:
+        return self.weights["same_tool"] * match[0] + self.weights["agreement"] * match[1]
+
     def _value(self, parts: Mapping[str, float]) -> float:
-        return min(1.0, sum(self.weights[name] * parts[name] for name in self.weights))
+        # Rounded so that a perfect action has exactly 1: thresholds compare with it.
+        return min(1.0, round(math.fsum(self.weights[name] * parts[name] for name in self.weights), 12))
 
 
 def text_similarity(a: str, b: str) -> float:
-    """Return 2·matches / (tokens of a + tokens of b) over words and signs, in [0, 1]; 1 for two empty texts.
+    """Return 2·matches / (tokens of a + tokens of b) over words, signs and indentation, in [0, 1]; 1 for equal ones.
+
+    Between the common beginning and the common end only `MAX_TOKENS` tokens of each are matched; the rest counts
+    as different.
 
     >>> text_similarity("git push origin main", "git push origin dev")
     0.75
     """
     if a == b:
         return 1.0
-    left, right = _TOKEN.findall(a)[:MAX_TOKENS], _TOKEN.findall(b)[:MAX_TOKENS]
-    return SequenceMatcher(None, left, right, autojunk=False).ratio()
+    left, right = _TOKEN.findall(a), _TOKEN.findall(b)
+    size = len(left) + len(right)
+    if not size:
+        return 1.0
+    shorter = min(len(left), len(right))
+    start = next((i for i in range(shorter) if left[i] != right[i]), shorter)
+    end = next((i for i in range(shorter - start) if left[-1 - i] != right[-1 - i]), shorter - start)
+    middle = [tokens[start : len(tokens) - end][:MAX_TOKENS] for tokens in (left, right)]
+    found = sum(block.size for block in SequenceMatcher(None, *middle, autojunk=False).get_matching_blocks())
+    return 2 * (start + end + found) / size
 
 
 def argument_problems(call: ToolCall, schema: Mapping[str, Any]) -> list[str]:
     """Return one sentence per argument of `call` that `schema` does not allow, or requires and misses."""
     parameters = _parameters(schema)
-    known, required = parameters.get("properties") or {}, parameters.get("required") or []
+    known, required = parameters.get("properties") or {}, dict.fromkeys(parameters.get("required") or [])
     found = [f"{call.name} needs the argument {key!r}." for key in required if key not in call.arguments]
     for key, value in call.arguments.items():
         if known and key not in known:
@@ -142,8 +162,8 @@ def _parameters(schema: Mapping[str, Any]) -> Mapping[str, Any]:
     return schema["parameters"] if isinstance(schema.get("parameters"), Mapping) else schema
 
 
-def _has_type(value: Any, schema: Mapping[str, Any]) -> bool:
-    kinds = schema.get("type")
+def _has_type(value: Any, schema: Mapping[str, Any] | bool) -> bool:
+    kinds = schema.get("type") if isinstance(schema, Mapping) else None  # `true` is a schema as well
     kinds = [kinds] if isinstance(kinds, str) else kinds
     if not kinds or any(kind not in _TYPES for kind in kinds):
         return True
@@ -225,7 +245,7 @@ def _feedback(
             return wrong[0]
     if not targets or parts["agreement"] == 1.0:
         return None
-    if all(not target.tool_calls for target in targets):
+    if not any(target.tool_calls for target in targets):
         return "The call is valid, but a final answer without a tool call was expected."
     if parts["same_tool"] < 1.0:
         return "The call is valid, but not what was expected here: use another tool, or another number of calls."

@@ -7,6 +7,7 @@ what there is, and asks only for requests that have no good answer yet.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -79,6 +80,7 @@ def replay(
     output: Path,
     *,
     limit: int | None = None,
+    errors_first: bool = False,
     give_up_after: int = 20,
     progress: Progress | None = None,
 ) -> ReplayReport:
@@ -89,6 +91,7 @@ def replay(
         teachers: asked one after the other, each closed after its turn.
         output: the replays stage file; its unfinished answers lie beside it (`partial_path`).
         limit: only the first so many states.
+        errors_first: states whose recorded action failed come first, so that `limit` keeps them.
         give_up_after: stop a teacher after so many failures in a row (a server that is down).
         progress: called before and during each teacher's work.
 
@@ -101,7 +104,7 @@ def replay(
         TeacherError: a teacher stopped or failed on everything. The answers of all others are kept in the
             partial file; the stage file is not written.
     """
-    states = _read_states(states_file, limit)
+    states = _read_states(states_file, limit, errors_first)
     if output.resolve() == states_file.resolve():
         raise TraceError(f"The output {output} is the states file itself: choose another name with -o.")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -130,12 +133,10 @@ def replay(
     return report
 
 
-def _read_states(path: Path, limit: int | None) -> list[State]:
-    states = []
-    for state in read_stage(path, State):
-        if limit is not None and len(states) >= limit:
-            break
-        states.append(state)
+def _read_states(path: Path, limit: int | None, errors_first: bool) -> list[State]:
+    states = list(itertools.islice(read_stage(path, State), None if errors_first else limit))
+    if errors_first:
+        states = sorted(states, key=lambda s: not s.status.failed)[:limit]
     if not states:
         raise TraceError(f"{path} holds no states: there is nothing to replay. Check the counts that `hints` printed.")
     if twice := [identity for identity, n in Counter(s.id for s in states).items() if n > 1]:

@@ -132,11 +132,11 @@ def test_self_teacher_reads_the_layout_of_pretraining(words, monkeypatch):
 
 def test_arms_differ_only_in_what_they_name(words):
     """GRPO never sees the error messages; the controls' messages do not say what the name means."""
-    from benchmarks.held_out.arms import ARMS, composer_section, make_reward
+    from benchmarks.held_out.arms import ARMS, Training, composer_section, make_reward
     from benchmarks.held_out.task import OPERATIONS, make_task
 
-    assert composer_section(ARMS["grpo"], 1.0)["sdpo"]["weight"] == 0
-    assert composer_section(ARMS["sdpo"], 1.0)["policy"]["weight"] == 0
+    assert composer_section(ARMS["grpo"], Training())["sdpo"]["weight"] == 0
+    assert composer_section(ARMS["sdpo"], Training())["policy"]["weight"] == 0
     task = make_task(1)
     names = list(task.meaning) * 50
     right = task.answer(names[0], "13579")
