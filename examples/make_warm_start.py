@@ -93,7 +93,10 @@ def train(model, data, options: argparse.Namespace, pad: int) -> None:
         optimizer.zero_grad()
         schedule.step()
         if number % 10 == 0:
-            print(f"step {number}/{len(batches)}: loss {loss.item():.3f}, {time.perf_counter() - started:.0f} s", flush=True)
+            print(
+                f"step {number}/{len(batches)}: loss {loss.item():.3f}, {time.perf_counter() - started:.0f} s",
+                flush=True,
+            )
 
 
 @torch.no_grad()

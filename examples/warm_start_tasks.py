@@ -19,15 +19,96 @@ SYSTEM = [
     "You are an agent that works in a repository by calling tools.",
     "Solve the task with tool calls. One call at a time.",
 ]
-NAMES = "anna ben carla dmitri elif farid grace hiro ines jonas kemi lars mona nils olga priya".split()
-WORDS = (
-    "auth billing cache chart client config cursor data deploy editor events export feed filter forms gallery "
-    "graph images index invoice jobs layout loader login mailer map metrics models notes orders parser player "
-    "profile queue render report router schema search session shop signup sync table theme timer tokens upload "
-    "users utils video views widget worker"
-).split()
-EXTENSIONS = "py py py ts tsx js css html md json toml yml rs go sh".split()
-FOLDERS = "src lib app public tests docs scripts components pages server api core tools".split()
+NAMES = [
+    "anna",
+    "ben",
+    "carla",
+    "dmitri",
+    "elif",
+    "farid",
+    "grace",
+    "hiro",
+    "ines",
+    "jonas",
+    "kemi",
+    "lars",
+    "mona",
+    "nils",
+    "olga",
+    "priya",
+]
+WORDS = [
+    "auth",
+    "billing",
+    "cache",
+    "chart",
+    "client",
+    "config",
+    "cursor",
+    "data",
+    "deploy",
+    "editor",
+    "events",
+    "export",
+    "feed",
+    "filter",
+    "forms",
+    "gallery",
+    "graph",
+    "images",
+    "index",
+    "invoice",
+    "jobs",
+    "layout",
+    "loader",
+    "login",
+    "mailer",
+    "map",
+    "metrics",
+    "models",
+    "notes",
+    "orders",
+    "parser",
+    "player",
+    "profile",
+    "queue",
+    "render",
+    "report",
+    "router",
+    "schema",
+    "search",
+    "session",
+    "shop",
+    "signup",
+    "sync",
+    "table",
+    "theme",
+    "timer",
+    "tokens",
+    "upload",
+    "users",
+    "utils",
+    "video",
+    "views",
+    "widget",
+    "worker",
+]
+EXTENSIONS = ["py", "py", "py", "ts", "tsx", "js", "css", "html", "md", "json", "toml", "yml", "rs", "go", "sh"]
+FOLDERS = [
+    "src",
+    "lib",
+    "app",
+    "public",
+    "tests",
+    "docs",
+    "scripts",
+    "components",
+    "pages",
+    "server",
+    "api",
+    "core",
+    "tools",
+]
 COMMANDS = [
     ("git status", "Show working tree status", "On branch main\nnothing to commit, working tree clean"),
     ("git diff --stat", "Show changed files", " {f} | 4 +-\n 1 file changed, 2 insertions(+), 2 deletions(-)"),
@@ -136,7 +217,11 @@ class Episode:
         return "Edit", arguments, self.fill("The file {f} has been updated.\n") + self.source()
 
     def write(self) -> Call:
-        return "Write", {"file": self.words["f"], "content": self.fill("# {w}\n{v}\n")}, self.fill("File created at: {f}")
+        return (
+            "Write",
+            {"file": self.words["f"], "content": self.fill("# {w}\n{v}\n")},
+            self.fill("File created at: {f}"),
+        )
 
     def grep(self) -> Call:
         arguments = {"pattern": self.fill(self.rng.choice(["{w}", "{w}_{v}", "{w}{V}", "def {w}"]))}
@@ -197,7 +282,9 @@ class Episode:
         arguments = {parameters[key][0]: value for key, value in call[1].items() if key in parameters}
         text = self.fill(self.rng.choice(["Let me look at that.", "Now {w}:", "I'll check {w}."]))
         content = text if self.rng.random() < 0.15 else ""
-        return Message(role="assistant", content=content, tool_calls=[ToolCall(id=f"call_{index}", name=name, arguments=arguments)])
+        return Message(
+            role="assistant", content=content, tool_calls=[ToolCall(id=f"call_{index}", name=name, arguments=arguments)]
+        )
 
     def tools(self, needed: set[str]) -> dict[str, dict[str, Any]]:
         """Return schemas of the needed tools and a random few others, some optional arguments left out."""

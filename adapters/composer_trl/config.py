@@ -55,8 +55,8 @@ class ComposerGRPOConfig(GRPOConfig):
         set_here = [name for name, neutral in _HOST_ONLY.items() if getattr(self, name) != neutral]
         if set_here:
             raise ConfigError(
-                f"{', '.join(set_here)} belong to TRL's own loss, which `composer.policy.objective: "
-                f"{config.policy.objective}` replaces. Use `objective: host` to keep TRL's loss, or set the "
+                f"Options of TRL's own loss are set ({', '.join(set_here)}), but `composer.policy.objective: "
+                f"{config.policy.objective}` replaces that loss. Use `objective: host` to keep TRL's loss, or set the "
                 "composer option instead (policy.kl, policy.clip_low, ...)."
             )
 

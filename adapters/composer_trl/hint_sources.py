@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
-from composer_plugins.envs.tool_errors import NOT_RECORDED
-from composer_plugins.hints.splice import splice_messages
-from composer_plugins.traces.classify import classify_text
 
 from composer_plugins.config import SDPOConfig
+from composer_plugins.envs.tool_errors import NOT_RECORDED
+from composer_plugins.hints.splice import splice_messages
 from composer_plugins.plugins import get_plugin_manager
+from composer_plugins.traces.classify import classify_text
 from composer_trl.hinted_turns import HintedTurn, HintSplicer, tool_results, turns_of
 
 if TYPE_CHECKING:

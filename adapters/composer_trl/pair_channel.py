@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from accelerate.utils import gather_object
-from composer_plugins.channels.replay_dpo import replay_dpo_term
 from rich.progress import track
 
 from composer_plugins.channels.base import Term
+from composer_plugins.channels.replay_dpo import replay_dpo_term
 from composer_plugins.config import ReplayDPOConfig
+from composer_plugins.errors import ConfigError
 from composer_trl.pair_stream import PairStream
 
 if TYPE_CHECKING:
@@ -45,8 +46,11 @@ class PairChannel:
         order = self.stream.order
         needed = sorted({order[(first + j) % len(order)] for j in range(draws)} - self.stream.reference.keys())
         if state.global_step > 0 and needed:
-            # the weights have moved: scoring now would not be the reference
-            self.stream.require_reference(needed)
+            raise ConfigError(  # the weights have moved: scoring now would not be the reference
+                f"This resumed run would draw {len(needed)} pairs that the first run did not score under the initial "
+                "weights (it was planned with fewer steps or fewer pairs per step). Resume with the first run's "
+                "max_steps and pairs_per_step, or start a new run from the checkpoint's model."
+            )
         if not needed:
             return
         accelerator, started = self.trainer.accelerator, time.perf_counter()

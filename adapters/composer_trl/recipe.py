@@ -17,7 +17,7 @@ class DataConfig(Section):
     states: Path
     """States stage file (`composer-rl hints`)."""
     traces: Path | None = None
-    """Traces stage file; the recorded workspace is made from it."""
+    """Traces stage file: the tools that prompts show, and the recorded workspace, come from it."""
     replays: Path | None = None
     """Replays stage file: the teachers' majority action is a target of the reward."""
     limit: int | None = Field(None, gt=0)
@@ -67,7 +67,8 @@ class Recipe(Section):
     """None: all parameters are trained."""
     data: DataConfig
     environment: Literal["recorded_workspace"] | None = None
-    """recorded_workspace: tool calls are answered from the recorded session, so rollouts have several turns."""
+    """recorded_workspace: tool calls are answered from the recorded session, so rollouts have several turns.
+    None: single-turn rollouts; the tools are shown and calls are scored, not answered."""
     reward: str = "tool_call"
     """Reward plugin."""
     output_dir: Path

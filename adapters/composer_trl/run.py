@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import PrinterCallback
 
 from composer_plugins.errors import ConfigError, SelfCheckError
 from composer_plugins.models.loading import load_model
@@ -51,6 +52,8 @@ def run(recipe: Recipe, *, command: str) -> Path:
         torch.set_num_threads(recipe.threads)
     started, clock = datetime.now(UTC), time.perf_counter()
     args = trainer_arguments(recipe)
+    if recipe.environment is None:
+        args.max_tool_calling_iterations = 0  # single turn: calls are parsed and scored, not answered
     main = args.process_index == 0
     rows = read_rows(recipe.data)
     if main:
@@ -73,6 +76,7 @@ def run(recipe: Recipe, *, command: str) -> Path:
         if writer is not None:
             writer.recipe(recipe.model_dump(mode="json"))
             trainer.token_view_sink = writer.token_view
+            trainer.remove_callback(PrinterCallback)  # one progress bar instead of a dictionary per step
             trainer.add_callback(RunFolderCallback(writer, console))
             console.print(f"[bold]3/3 training[/]: {_plan(trainer)}")
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
@@ -181,12 +185,11 @@ def _lora(recipe: Recipe):
 
 
 def _environment(recipe: Recipe):
-    if recipe.environment is None:
-        return None
+    """The workspaces whose tools the prompts show; with `environment: null` they are shown and never run."""
     from composer_trl.environment import recorded_workspace_factory
 
     if recipe.data.traces is None:
-        raise ConfigError("environment: recorded_workspace needs data.traces, the traces the states were made from.")
+        raise ConfigError("data.traces is missing: the tools that prompts show come from the traces of the states.")
     return recorded_workspace_factory(list(read_stage(recipe.data.traces, Trace)))
 
 

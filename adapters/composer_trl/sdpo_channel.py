@@ -69,10 +69,12 @@ class SDPOChannel:
         columns = torch.tensor([t for _, turn in flat for t in range(turn.start, turn.end)], device=device)[sampled]
         with self.trainer.accelerator.autocast():
             teacher, reference = self._teacher_hidden([turn for _, turn in flat], spans)
-            student = hidden[rows, inputs["prompt_ids"].size(1) - 1 + columns]
-            values, divergence = in_chunks(
-                self._values, student, teacher[sampled], reference[sampled], ids[rows, columns]
-            )
+            token_ids = ids[rows, columns]
+            if self.level is SignalLevel.SAMPLED and self.temperature == self.trainer.temperature:
+                values, divergence = in_chunks(self._sampled, teacher[sampled], token_ids, logps[rows, columns])
+            else:
+                student = hidden[rows, inputs["prompt_ids"].size(1) - 1 + columns]
+                values, divergence = in_chunks(self._values, student, teacher[sampled], reference[sampled], token_ids)
         weights = self._correction(inputs, logps, rows, columns)
         term = sdpo_term(
             self.config, values, denominator=denominator, divergence=divergence, importance_weights=weights
@@ -87,6 +89,13 @@ class SDPOChannel:
         if self.config.teacher.kind != "trust_region":
             return main, main
         return main, self.teacher.hidden(turns, spans, pad, weights=self.teacher.reference)
+
+    def _sampled(self, teacher, token_ids, logprobs) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same at level `sampled`: the student's side is the log-probs that the policy forward gave."""
+        with torch.no_grad():
+            logits = self.teacher.access.logits(teacher, self.teacher.weights) / self.temperature
+            teacher_logprobs = torch.log_softmax(logits, dim=-1).gather(-1, token_ids[:, None])[:, 0]
+        return sdpo_values(self.config, self.level, logprobs=logprobs, teacher_logprobs=teacher_logprobs)
 
     def _values(self, student, teacher, reference, token_ids) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss values (N,) with gradient and divergences (N,) of a chunk of hinted tokens."""

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from composer_plugins import __version__
-from composer_plugins.errors import ComposerError
+from composer_plugins.errors import ComposerError, PluginError
 
 app = typer.Typer(
     name="composer-rl",
@@ -26,6 +26,9 @@ app = typer.Typer(
 
 #: Order of the pipeline, which is also the order in `--help`.
 COMMANDS = ("ingest", "stats", "hints", "replay", "pairs", "train", "report", "validate", "plugins")
+
+#: Packages that come with an extra of the distribution.
+EXTRAS = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "safetensors", "gguf", "numpy", "jmespath"}
 
 console = Console(stderr=True)
 
@@ -57,3 +60,11 @@ def main() -> None:
         console.print(f"[bold red]{type(error).__name__}[/]: ", end="")
         console.print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] not in EXTRAS:
+            raise
+        console.print(
+            f"This command needs {error.name}, which is not installed: pip install 'composer-plugins\\[trl]' "
+            "(TRL and everything below it), or 'composer-plugins\\[torch]' for models only."
+        )
+        sys.exit(PluginError.exit_code)

@@ -97,7 +97,9 @@ def resolve_model(ref: str, *, trust_remote_code: bool = False, source: Source |
         raise ModelError(f"The model source must be one of cache, hub, wheel or local; found {pinned!r}.")
     if alias is None and _looks_like_path(ref):
         if pinned not in (None, "local"):
-            raise ModelError(f"{ref!r} is a path, so it cannot come from {pinned!r}: drop the source, or use a hub name.")
+            raise ModelError(
+                f"{ref!r} is a path, so it cannot come from {pinned!r}: drop the source, or use a hub name."
+            )
         return _local(ref, Path(ref).expanduser(), trust_remote_code)
     repo = alias.repo if alias else ref
     ways: dict[str, Callable[[], tuple[Path, str | None]]] = {
@@ -169,13 +171,20 @@ def _split(file: Path) -> tuple[Path, str]:
 
 def _looks_like_path(ref: str) -> bool:
     """True for what exists, and for what can only have been meant as a path."""
-    return Path(ref).expanduser().exists() or ref.startswith((".", "/", "~")) or ref.endswith(".gguf") or ref.count("/") != 1
+    return (
+        Path(ref).expanduser().exists()
+        or ref.startswith((".", "/", "~"))
+        or ref.endswith(".gguf")
+        or ref.count("/") != 1
+    )
 
 
 def _local(ref: str, path: Path, trust_remote_code: bool) -> ResolvedModel:
     if not path.exists():
         known = ", ".join(ALIASES)
-        raise ModelError(f"There is no model at {ref!r}. Expected a directory, a .gguf file, a hub name like org/name, or {known}.")
+        raise ModelError(
+            f"There is no model at {ref!r}. Expected a directory, a .gguf file, a hub name like org/name, or {known}."
+        )
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(f"{ref!r} is a file but not a .gguf file: pass the directory that holds the model.")
@@ -183,9 +192,7 @@ def _local(ref: str, path: Path, trust_remote_code: bool) -> ResolvedModel:
     if not (path / "config.json").is_file():
         ggufs = sorted(file.name for file in path.glob("*.gguf"))
         if len(ggufs) == 1:
-            return ResolvedModel(
-                ref, path, ggufs[0], "local", weights_sha256(path, ggufs[0]), None, trust_remote_code
-            )
+            return ResolvedModel(ref, path, ggufs[0], "local", weights_sha256(path, ggufs[0]), None, trust_remote_code)
         if ggufs:
             raise ModelError(f"{ref!r} holds {len(ggufs)} GGUF files: pass the path of one, e.g. {path / ggufs[0]}.")
         weight_files(path)  # raises for an adapter or an empty folder

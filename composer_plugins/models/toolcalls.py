@@ -152,7 +152,7 @@ def parse_action(text: str) -> Message:
         start = text.find(OPEN, position)
     if rest := text[position:].strip():
         content.append(rest)
-    content = [part for i, part in enumerate(content) if part or i == 0 and len(content) == 1]
+    content = [part for i, part in enumerate(content) if part or (i == 0 and len(content) == 1)]
     return Message(role="assistant", content="\n".join(content), tool_calls=calls, thinking=thinking)
 
 

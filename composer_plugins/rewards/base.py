@@ -27,9 +27,7 @@ class Reward:
 class RewardFunction(Protocol):
     """Scores an action without running it. Registered through `register_rewards` as a factory."""
 
-    def score(
-        self, action_text: str, *, tools: Mapping[str, Mapping[str, Any]], targets: Sequence[Message]
-    ) -> Reward:
+    def score(self, action_text: str, *, tools: Mapping[str, Mapping[str, Any]], targets: Sequence[Message]) -> Reward:
         """Return the reward of `action_text`.
 
         Args:

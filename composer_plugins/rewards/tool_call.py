@@ -79,9 +79,7 @@ class ToolCallReward:
         """Score against the action that the state's trace recorded."""
         return self.score(action_text, tools=state.tools, targets=[state.action])
 
-    def score(
-        self, action_text: str, *, tools: Mapping[str, Mapping[str, Any]], targets: Sequence[Message]
-    ) -> Reward:
+    def score(self, action_text: str, *, tools: Mapping[str, Mapping[str, Any]], targets: Sequence[Message]) -> Reward:
         """Return the reward of `action_text`; see `RewardFunction.score`. No target: the last two parts are 0."""
         action = parse_action(action_text)
         calls = [call for call in action.tool_calls if call.raw_arguments is None]

@@ -32,10 +32,9 @@ def smollm2():
 def make(smollm2, tmp_path, composer, hint=HINT):
     import copy
 
+    from composer_trl import ComposerGRPOConfig, ComposerGRPOTrainer
     from datasets import Dataset
     from peft import LoraConfig
-
-    from composer_trl import ComposerGRPOConfig, ComposerGRPOTrainer
 
     model, tokenizer = smollm2
     row = {"prompt": ERROR_STATE, **({"hint": hint} if hint else {})}
