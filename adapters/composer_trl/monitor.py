@@ -12,6 +12,7 @@ import torch
 from transformers import TrainerCallback
 
 from composer_plugins.channels.base import Term
+from composer_plugins.channels.levels import SignalLevel
 from composer_plugins.channels.silence import SilenceMonitor
 from composer_plugins.config import ComposerConfig
 from composer_trl.step_metrics import GradientProbe, StepMetrics
@@ -147,7 +148,9 @@ class StepMonitor(TrainerCallback):
         tokenizer, position = self.trainer._tokenizer, 0
         for _, turn in turns:
             active = sum(turn.mask)
-            values = iter(divergence[position : position + active].tolist())
+            shown = divergence[position : position + active]
+            # only the sampled log-ratio is signed; a divergence below 0 is rounding
+            values = iter((shown if channel.level is SignalLevel.SAMPLED else shown.clamp(min=0)).tolist())
             position += active
             if self._views_left <= 0:
                 return

@@ -48,7 +48,10 @@ def _table(head: list[str], rows: list[list[str]]) -> list[str]:
 def render(results: dict[str, Any]) -> str:
     """Return the result section in Markdown: base and hints, arms, differences to GRPO, learning curve."""
     seeds, runs, base = results["seeds"], results["runs"], results["base"]
-    lines = [f"Held-out exact match in %, mean ± half-width of the 95 % t-interval over {len(seeds)} seeds.", ""]
+    spread = f"mean ± half-width of the 95 % t-interval over {len(seeds)} seeds ({seeds[0]} to {seeds[-1]})"
+    made_with = ", ".join(f"{name} {found}" for name, found in results["versions"].items())
+    lines = [f"Held-out exact match in %, {spread}.", "",
+             f"{made_with}. The command took {results['seconds'] / 60:.0f} minutes.", ""]  # fmt: skip
 
     lines += ["**Before training: what the hint is worth**", ""]
     rows = [[text] + [percent([base[s][key][m] for s in base]) for m in ("greedy", "sampled")]

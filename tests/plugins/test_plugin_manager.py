@@ -67,7 +67,7 @@ def test_registering_after_first_use_is_seen(manager):
 
 
 def test_an_unknown_name_lists_what_there_is(manager):
-    with pytest.raises(ConfigError, match="Unknown objective 'ppo'.*dr_grpo"):
+    with pytest.raises(ConfigError, match=r"Unknown objective 'ppo'.*dr_grpo"):
         manager.objectives.get("ppo")
 
 

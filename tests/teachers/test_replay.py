@@ -233,3 +233,19 @@ def test_kill_9_in_the_middle_and_resume(chat_server, states_file, tmp_path, rep
     everything = "".join(p.read_text() for p in Path(tmp_path).rglob("*") if p.is_file())
     assert key not in everything + done.stdout + done.stderr
     assert server.authorizations[-1] == f"Bearer {key}"
+
+
+def test_errors_first_keeps_the_failed_states_under_a_limit(chat_server, states_file, tmp_path, reply):
+    from composer_plugins.traces.schema import State, Status
+    from composer_plugins.traces.store import Manifest, write_stage
+
+    server = chat_server(lambda body, n: reply.completion("x"))
+    states = list(read_stage(states_file(5), State))
+    for i in (3, 4):
+        states[i].status = Status.ERROR
+    path = tmp_path / "some_failed.jsonl"
+    write_stage(path, states, Manifest(stage="hints", record="State", written=0))
+    out = tmp_path / "r.jsonl"
+    replay(path, teachers_for(server), out, limit=3, errors_first=True)
+    assert [r.state_id for r in read_stage(out, Replay)] == ["t:3", "t:4", "t:0"]
+    assert sorted(asked(server)) == ["0", "3", "4"]

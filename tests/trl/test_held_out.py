@@ -170,11 +170,12 @@ def test_interval_against_mpmath():
         interval([1.0])
 
 
-def test_recorded_tables_are_those_of_the_recorded_numbers():
+@pytest.mark.parametrize("page, numbers", [("README.md", "results.json"), ("FOLLOW_UP.md", "results_follow_up.json")])
+def test_recorded_tables_are_those_of_the_recorded_numbers(page, numbers):
     from benchmarks.held_out.report import END, START, render
 
-    results = json.loads((HELD_OUT / "results.json").read_text())
-    section = (HELD_OUT / "README.md").read_text().partition(START)[2].partition(END)[0]
+    results = json.loads((HELD_OUT / numbers).read_text())
+    section = (HELD_OUT / page).read_text().partition(START)[2].partition(END)[0]
     assert section.strip() == render(results).strip()
     assert len(results["seeds"]) >= 5
     for arm, runs in results["runs"].items():
