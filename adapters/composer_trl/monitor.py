@@ -25,6 +25,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "composer_state.json"
+#: What each hint source found nothing of, for the warning.
+LOOKED_FOR = {
+    "recorded": "no `hint` in the dataset's rows",
+    "rollout": "no tool result that classifies as a failure",
+    "feedback": "no `feedback` logged by a reward function",
+    "sibling": "no group with both a success and a failure",
+}
 CONTEXT_SHOWN = 6000  # characters of a context message kept in a token view
 
 
@@ -136,8 +143,8 @@ class StepMonitor(TrainerCallback):
             turns = values["sdpo/hinted_turns"]
             why = f"{turns:.0f} turns had a hint, but it did not change the teacher (zero divergence)"
             if not turns:
-                sources = ", ".join(self.config.sdpo.hint.sources)
-                why = f"no turn of the rollouts had a hint (sources: {sources}); check the dataset's `hint` column"
+                looked = "; ".join(LOOKED_FOR[source] for source in self.config.sdpo.hint.sources)
+                why = f"no turn of the rollouts had a hint ({looked})"
             self.silence.update("sdpo", values["sdpo/active_tokens"], why=why)
         if "replay_dpo" in self.channels:
             self.silence.update("replay_dpo", values["replay_dpo/pairs"], why="no pair was drawn")

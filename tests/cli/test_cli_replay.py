@@ -137,7 +137,7 @@ def test_validate_reads_every_record_of_a_stage_file(files, tmp_path):
     states, _ = files
     whole = states.read_bytes()
     for damaged, expected in (
-        (whole.splitlines(keepends=True)[0], "says 3 records and the file holds 1"),
+        (whole.splitlines(keepends=True)[0], "has 1 records, but its manifest says 3"),
         (whole[:-9], "line 3: not a State record"),
         (whole.replace(b"cat nothing", b"cat notices"), "SHA-256 differs"),
     ):

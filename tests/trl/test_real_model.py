@@ -91,11 +91,12 @@ def test_without_a_hint_a_live_teacher_says_exactly_the_same(smollm2, tmp_path):
 def test_sdpo_on_and_off_end_in_different_parameters_and_no_hint_is_reported(smollm2, tmp_path):
     from composer_plugins.channels.silence import SilentChannelWarning
 
+    # one after the other: building a trainer seeds the rollouts that follow
     on = make(smollm2, tmp_path, {"sdpo": {"weight": 1.0}})
-    off = make(smollm2, tmp_path, {"sdpo": {"weight": 0.0}})
-    unhinted = make(smollm2, tmp_path, {"sdpo": {"weight": 1.0}, "monitor": {"silent_after": 1}}, hint=None)
     on.train()
+    off = make(smollm2, tmp_path, {"sdpo": {"weight": 0.0}})
     off.train()
+    unhinted = make(smollm2, tmp_path, {"sdpo": {"weight": 1.0}, "monitor": {"silent_after": 1}}, hint=None)
     with pytest.warns(SilentChannelWarning, match="no turn of the rollouts had a hint"):
         unhinted.train()
     assert not torch.equal(trained(on), trained(off))
