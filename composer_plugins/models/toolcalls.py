@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import re
 import unicodedata
 from importlib.resources import files
@@ -233,7 +234,7 @@ def _as_call(value: Any) -> ToolCall | None:
 
 
 def _unusable(value: Any) -> str | None:
-    """Say why a JSON value cannot be kept as arguments (nesting, half a surrogate pair), or return None."""
+    """Say why a JSON value cannot be kept as arguments (it could not be stored and read back), or return None."""
     level, depth = [value], 0
     while level:
         inner: list[Any] = []
@@ -241,6 +242,8 @@ def _unusable(value: Any) -> str | None:
             if isinstance(item, str):
                 if not item.isascii() and any("\ud800" <= character <= "\udfff" for character in item):
                     return "half a surrogate pair (\\ud800 to \\udfff), which is no character"
+            elif isinstance(item, float) and not math.isfinite(item):
+                return "a number beyond the range of a float"
             elif isinstance(item, dict):
                 inner += [*item.keys(), *item.values()]
             elif isinstance(item, list):

@@ -64,6 +64,8 @@ def test_what_is_rendered_is_read_back(content, given_calls, thinking):
 @example(call_text('{"x": ' + "[" * 100_000))
 @example(call_text('{"x": "\\ud83d"}'))
 @example(call_text("{}", name='"\\ud83d"'))
+@example(call_text('{"x": 1180591620717411303424, "y": 1.5e300}'))
+@example(call_text('{"x": 1e999}'))
 @example(call_text("{oops", name='"\\ud83d"'))
 @settings(max_examples=500, deadline=None)
 def test_whatever_a_model_writes_can_be_read_scored_and_stored(text):
