@@ -220,7 +220,7 @@ def test_the_pins_are_exact():
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The few requests of the hub's protocol that a download makes. `cut` sends files short of their last byte."""
+    """The few requests of the hub's protocol that a download makes. `cut` sends weights short of their last byte."""
 
     cut = False
 
@@ -230,13 +230,15 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path.split("?")[0]
         name = path.rsplit("/", 1)[-1]
-        if path.startswith(f"/api/models/{REPO}/revision/"):
+        if "/typo" in path:
+            return self.answer(b"", 404)
+        if path.startswith("/api/models/") and "/revision/" in path:
             siblings = [{"rfilename": name} for name in FILES]
             return self.answer(json.dumps({"id": REPO, "sha": SHA, "siblings": siblings}).encode())
-        if path.startswith(f"/api/models/{REPO}/tree/"):
+        if path.startswith("/api/models/") and "/tree/" in path:
             entries = [{"type": "file", "path": n, "size": len(c), "oid": _oid(c)} for n, c in FILES.items()]
             return self.answer(json.dumps(entries).encode())
-        if path.startswith(f"/{REPO}/resolve/") and name in FILES:
+        if "/resolve/" in path and name in FILES:
             return self.answer(FILES[name], cut=self.cut and name == "model.safetensors")
         return self.answer(b"", 404)
 
@@ -292,10 +294,16 @@ def test_the_hub_comes_next_and_fills_the_cache(hub):
     sha256 = hashlib.sha256(WEIGHTS).hexdigest()
     code, text = resolve_in_a_process(REPO, environment)
     assert code == 0 and f"from hub (safetensors, sha256 {sha256})" in text
-    code, text = resolve_in_a_process(REPO, environment, HF_HUB_OFFLINE="1")
-    assert code == 0 and f"from cache (safetensors, sha256 {sha256})" in text
+    for more in ({"HF_HUB_OFFLINE": "1"}, {}):  # once there, the hub is not asked again
+        code, text = resolve_in_a_process(REPO, environment, **more)
+        assert code == 0 and f"from cache (safetensors, sha256 {sha256})" in text
     names = {file.name for file in Path(environment["HF_HOME"]).rglob(f"snapshots/{SHA}/*")}
     assert names == set(WHOLE)  # neither pickles nor what is not needed
+
+
+def test_the_hub_comes_before_the_wheel(hub):
+    code, text = resolve_in_a_process("smollm2-135m-instruct", hub())
+    assert code == 0 and "smollm2-135m-instruct from hub (safetensors" in text
 
 
 def test_a_download_that_breaks_off_is_refused(hub):

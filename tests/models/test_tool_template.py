@@ -132,7 +132,8 @@ def test_trl_reads_the_calls_from_the_ids(tokenizer, number, content, end):
 
 
 @pytest.mark.parametrize(
-    "text", ["just words", "two\nlines", '<tool_call>\n{"name": "Read", "arguments": {oops}}\n</tool_call>', "<tool_call>"]
+    "text",
+    ["just words", "two\nlines", '<tool_call>\n{"name": "Read", "arguments": {oops}}\n</tool_call>', "<tool_call>"],
 )
 def test_trl_keeps_what_is_no_call_as_text(tokenizer, text):
     utils = pytest.importorskip("trl.chat_template_utils")

@@ -17,7 +17,9 @@ from composer_plugins.traces.schema import Message, ToolCall
 
 #: Words that have a meaning in the wire format, mixed into any text.
 MARKS = [OPEN, CLOSE, "<think>", "</think>", '{"name": "Read", "arguments": {', "}", '"', "\\", "\n", "  "]
-any_text = st.lists(st.one_of(st.sampled_from([*MARKS, END_OF_TURN, "\\ud800", "NaN"]), st.text(max_size=8))).map("".join)
+any_text = st.lists(st.one_of(st.sampled_from([*MARKS, END_OF_TURN, "\\ud800", "NaN"]), st.text(max_size=8))).map(
+    "".join
+)
 words = st.text(max_size=20).filter(lambda t: END_OF_TURN not in t)
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | words
 values = st.recursive(
@@ -85,7 +87,12 @@ def test_whatever_a_model_writes_can_be_read_scored_and_stored(text):
         (call_text('{"a": 1}')[: -len(CLOSE)], "Read", '{"a": 1}', f"closed by {CLOSE}"),
         (call_text('{"a": NaN}'), "Read", '{"a": NaN}', "NaN is not JSON"),
         (call_text('{"a": "\\udc00"}'), "Read", '{"a": "\\udc00"}', "half a surrogate pair"),
-        (call_text('{"a": %s}' % ("1" * 5000)), "Read", '{"a": %s}' % ("1" * 5000), "not valid JSON (Exceeds the limit"),
+        (
+            call_text('{"a": %s}' % ("1" * 5000)),
+            "Read",
+            '{"a": %s}' % ("1" * 5000),
+            "not valid JSON (Exceeds the limit",
+        ),
         (call_text('{"a": %s1%s}' % ("[" * 64, "]" * 64)), "Read", None, f"more than {MAX_DEPTH} levels"),
         (call_text("{}", name="7"), "", '{"name": 7, "arguments": {}}', '{"name": ..., "arguments": {...}}'),
         (f"{OPEN}\nRead a.py\n{CLOSE}", "", "Read a.py", "not valid JSON"),
@@ -100,7 +107,7 @@ def test_an_unreadable_call_is_kept_and_explained(text, name, raw, reason):
 
 
 def test_a_broken_call_does_not_hide_the_next_one():
-    text = f"first {call_text('{a}')} between {call_text('{}', name='') } then {call_text('{}')} last"
+    text = f"first {call_text('{a}')} between {call_text('{}', name='')} then {call_text('{}')} last"
     read = parse_action(text)
     assert [call.raw_arguments is None for call in read.tool_calls] == [False, False, True]
     assert read.content == "first \nbetween\nthen\nlast"

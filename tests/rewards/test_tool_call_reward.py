@@ -24,7 +24,11 @@ TOOLS = {
         "name": "Bash",
         "parameters": {
             "type": "object",
-            "properties": {"command": {"type": "string"}, "description": {"type": "string"}, "timeout": {"type": "integer"}},
+            "properties": {
+                "command": {"type": "string"},
+                "description": {"type": "string"},
+                "timeout": {"type": "integer"},
+            },
             "required": ["command"],
         },
     },
@@ -81,7 +85,9 @@ TABLE = [
 ]
 
 
-@pytest.mark.parametrize(("action", "expected"), [(action, dict(zip(PARTS, row, strict=True))) for action, *row in TABLE])
+@pytest.mark.parametrize(
+    ("action", "expected"), [(action, dict(zip(PARTS, row, strict=True))) for action, *row in TABLE]
+)
 def test_the_table(action, expected):
     found = score(action)
     assert found.parts == pytest.approx(expected)
@@ -109,7 +115,20 @@ def test_better_actions_get_more():
 
 junk = st.lists(
     st.sampled_from(
-        [OPEN, CLOSE, '{"name": ', '"Bash"', '"Free"', ', "arguments": ', '{"command": "ls"}', "{", "}", "1", "null", "\n"]
+        [
+            OPEN,
+            CLOSE,
+            '{"name": ',
+            '"Bash"',
+            '"Free"',
+            ', "arguments": ',
+            '{"command": "ls"}',
+            "{",
+            "}",
+            "1",
+            "null",
+            "\n",
+        ]
     )
     | st.text(max_size=5),
     max_size=12,
@@ -122,7 +141,9 @@ arguments = st.dictionaries(
 some_call = st.builds(
     lambda name, values: ToolCall(id="", name=name, arguments=values), st.sampled_from([*TOOLS, "Nope"]), arguments
 )
-some_action = st.builds(lambda calls, content: said(*calls, content=content), st.lists(some_call, max_size=3), st.text())
+some_action = st.builds(
+    lambda calls, content: said(*calls, content=content), st.lists(some_call, max_size=3), st.text()
+)
 
 
 @given(junk | some_action.map(render_action), st.lists(some_action, max_size=3), some_action)
@@ -186,7 +207,10 @@ def test_a_final_answer_is_compared_as_text():
         (f"{OPEN}oops{CLOSE}", "cannot be read: tool call 1: not valid JSON"),
         (text(call("Shell")), "There is no tool 'Shell'; the tools are Bash, Free, List, Read."),
         (text(call("Bash")), "Bash needs the argument 'command'."),
-        (text(call("Bash", command="x", path="y")), "Bash has no argument 'path'; it takes command, description, timeout."),
+        (
+            text(call("Bash", command="x", path="y")),
+            "Bash has no argument 'path'; it takes command, description, timeout.",
+        ),
         (text(call("Bash", command=["x"])), "Argument 'command' of Bash must be string, found list."),
         (text(call("Bash", command="x", timeout=True)), "Argument 'timeout' of Bash must be integer, found bool."),
         (text(call("Read", file_path="x")), "use another tool, or another number of calls"),
@@ -241,7 +265,9 @@ def test_what_stands_after_a_long_beginning_is_not_overlooked():
     assert text_similarity(f"{long} rm {long}", f"{long} ls {long}") == pytest.approx(2 * 4000 / 8002)
     write = {"Write": {"properties": {"content": {"type": "string"}}, "required": ["content"]}}
     reward = ToolCallReward().score(
-        text(call("Write", content=long + " wrong")), tools=write, targets=[said(call("Write", content=long + " right"))]
+        text(call("Write", content=long + " wrong")),
+        tools=write,
+        targets=[said(call("Write", content=long + " right"))],
     )
     assert 0.99 < reward.parts["agreement"] < 1.0 and reward.feedback is not None
 
