@@ -118,6 +118,7 @@ def test_special_tokens_template_and_blanks_are_those_of_the_file(write_gguf):
     for text in ("a , b . c n't", " 12 34", "\n7", "é 日本"):
         ids = tokenizer(text)["input_ids"]
         assert tokenizer.decode(ids) == text
+        assert tokenizer.decode(ids, clean_up_tokenization_spaces=None) == text
         for digit in filter(str.isdigit, text):  # one token per digit, never joined with a blank
             assert tokenizer.convert_tokens_to_ids(digit) in ids
 
