@@ -163,9 +163,10 @@ def train(options: argparse.Namespace, dtype: str, steps: int) -> dict:
 def channel_gradients(options: argparse.Namespace, dtype: str) -> dict:
     """Loss and flat gradient of each channel on one fixed batch, in `dtype`, from the same fp32 weights."""
     import torch
+    from composer_trl.model_access import ModelAccess
+
     from composer_plugins.losses.divergence import full_divergence
     from composer_plugins.losses.dpo import dpo_loss
-    from composer_trl.model_access import ModelAccess
 
     tokenizer = make_tokenizer(options.vocabulary)
     model = make_model(options.size, tokenizer, "float32").to(options.device).to(getattr(torch, dtype))

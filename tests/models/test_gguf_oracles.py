@@ -8,8 +8,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 gguf = pytest.importorskip("gguf")
 
-from composer_plugins.models import load_model, resolve_model  # noqa: E402
-from composer_plugins.models.gguf import read_metadata, repair_tokenizer  # noqa: E402
+from composer_plugins.models import load_model, resolve_model
+from composer_plugins.models.gguf import read_metadata, repair_tokenizer
 
 
 def byte_level_tokenizer():

@@ -10,12 +10,12 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from safetensors.torch import load_file, save_file  # noqa: E402
-from transformers import AutoConfig  # noqa: E402
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
-from composer_plugins.errors import ModelError  # noqa: E402
-from composer_plugins.models import load_model, load_tokenizer, token_counter  # noqa: E402
-from composer_plugins.models.checks import check_generative  # noqa: E402
+from composer_plugins.errors import ModelError
+from composer_plugins.models import load_model, load_tokenizer, token_counter
+from composer_plugins.models.checks import check_generative
 
 WEIGHTS = "model.safetensors"
 

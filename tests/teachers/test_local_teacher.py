@@ -13,7 +13,7 @@ from composer_plugins.teachers.config import LocalConfig
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from composer_plugins.teachers import local  # noqa: E402
+from composer_plugins.teachers import local
 
 
 def config(**options) -> LocalConfig:
