@@ -15,7 +15,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = ROOT / "tests" / "torchft" / "island_worker.py"
+sys.path.insert(0, str(WORKER.parent))
+
+from harness_torchft import free_port  # noqa: E402
+
 COUNT, HEARTBEAT, JOIN = 3, 2.0, 6.0
 LIMITS = {"quorum": 120, "allreduce": 5, "connect": 40, "quorum_retries": 90}
 #: Longest time without an outer step of any island, in seconds: two time limits of an exchange, a restart's imports on a
@@ -34,18 +37,6 @@ PATIENCE = 90.0
 
 class Broken(Exception):
     """A promise did not hold."""
-
-
-def free_port() -> int:
-    """Return a port that no outgoing connection is given: islands that call a dead lighthouse may get its own port."""
-    for port in random.SystemRandom().sample(range(20000, 30000), 100):
-        with socket.socket() as s:
-            try:
-                s.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
-    raise Broken("no free port between 20000 and 30000")
 
 
 class Cluster:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 
@@ -64,8 +63,3 @@ def run_islands(
 def _copy(process: subprocess.Popen, index: int, write: Callable[[str], None]) -> None:
     for line in process.stdout or ():
         write(f"[{index}] {line.rstrip()}")
-
-
-def python() -> str:
-    """Return this interpreter, for commands that start with `python`."""
-    return sys.executable

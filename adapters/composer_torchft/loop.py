@@ -16,6 +16,7 @@ import torch
 
 from composer_plugins.config import OuterConfig
 from composer_plugins.errors import OuterLoopError
+from composer_plugins.first_step import is_rehearsal
 from composer_plugins.outer import HostState
 from composer_torchft.checks import inner_optimizer
 from composer_torchft.exchange import IslandFragment
@@ -72,11 +73,9 @@ class DiLoCoLoop:
         self.manager.register_state_dict_fn("island", self._take_over, self._hand_over)
         self._every = config.sync_every // config.fragments
         self._local_step, self._prepared, self._healed, self._inside = 0, False, False, False
-        self._meeting, self._commit, self._donor_step = (
-            0,
-            0,
-            0,
-        )  # names of the current exchange, and of the last one that was committed
+        self.replaced = False
+        #: Names of the current exchange and of the last one that was committed; the donor's place in its round.
+        self._meeting = self._commit = self._donor_step = 0
         self._round: dict[str, Any] = {}
         self._hooks = [
             self.inner.register_step_pre_hook(lambda *_: self.manager.disallow_state_dict_read()),
@@ -87,31 +86,32 @@ class DiLoCoLoop:
 
     def _after_step(self) -> None:
         self.manager.allow_state_dict_read()
+        if is_rehearsal(self.inner):
+            return
         self._local_step += 1
         self._inside = True
         if self._local_step >= self._every - self.config.sync_delay and not self._prepared:
             self._begin_round()
-            self._prepare(Phase.SYNC)
+            self._prepare()
         if self._local_step >= self._every:
             self._complete()
         self._inside = False
 
     def _begin_round(self) -> None:
-        self._round = {"started": time.perf_counter(), "waited": 0.0, "stopped": 0.0, "retries": 0}
+        self._round = {"waited": 0.0, "stopped": 0.0, "retries": 0}
         self._healed = False
 
     def _current(self) -> IslandFragment:
         return self.fragments[self.manager.current_step() % len(self.fragments)]
 
-    def _prepare(self, phase: Phase) -> list[Card]:
+    def _prepare(self) -> None:
         """Meet the others, compare notes, send the fragment whose turn it is."""
         start = time.perf_counter()
-        cards = self._agree(phase)
+        self._agree(Phase.SYNC)
         self._round["waited"] += time.perf_counter() - start
         self._current().prepare_sync()
         self._prepared = True
         self._round["stopped"] += time.perf_counter() - start
-        return cards
 
     def _agree(self, phase: Phase) -> list[Card]:
         """Return the cards of a quorum whose islands agree. Raises `OuterLoopError` when this one has to leave."""
@@ -151,7 +151,7 @@ class DiLoCoLoop:
         state = self.manager.state_dict()
         self.manager.load_state_dict({**state, "step": state["step"] - 1})
 
-    def _complete(self) -> None:
+    def _complete(self, *, attach: bool = False) -> None:
         """Wait for the exchange and make the outer step; try again while it fails."""
         start = time.perf_counter()
         committed, fragment = False, self._current()
@@ -169,7 +169,7 @@ class DiLoCoLoop:
         self._round["stopped"] += time.perf_counter() - start
         lost = self._local_step if self._healed or not committed else 0
         self._local_step = 0
-        self._record(fragment, committed, lost)
+        self._record(fragment, committed, lost, attach)
 
     def _again(self, fragment: IslandFragment) -> None:
         """Prepare a failed exchange once more, from the same local parameters."""
@@ -177,11 +177,11 @@ class DiLoCoLoop:
         fragment.take_back()
         for part in self.fragments:
             part.cancel()
-        self._prepare(Phase.SYNC)
+        self._prepare()
         if self.manager.current_step() != before:
             self._healed = True
 
-    def _record(self, fragment: IslandFragment, committed: bool, lost: int, *, attach: bool = False) -> None:
+    def _record(self, fragment: IslandFragment, committed: bool, lost: int, attach: bool) -> None:
         self.log.add(
             Round(
                 outer_step=self.manager.current_step(), fragment=fragment.number,
@@ -211,22 +211,23 @@ class DiLoCoLoop:
             time.sleep(0.5)
             cards = self._agree(Phase.ATTACH)
         self._round["waited"] = time.perf_counter() - start
+        self.replaced = self._healed
         if all(card.phase == Phase.ATTACH for card in cards):
             if self._healed:  # all resume, this one from an older checkpoint: be where the others are in the round
                 self._local_step = self._donor_step
             if self._local_step >= self._every - self.config.sync_delay:
                 self._begin_round()
-                self._prepare(Phase.SYNC)  # it was under way when the checkpoint was written
+                self._prepare()  # it was under way when the checkpoint was written
             return
         # the others sync right now: take part with a pseudo-gradient of zero, then the rounds are aligned
+        self.replaced = True
         self._current().prepare_sync()
         self._prepared = True
         self._local_step = 0
         start_step = self.manager.current_step()
-        self._complete()
+        self._complete(attach=True)
         if self.manager.current_step() == start_step:
             raise OuterLoopError("The island joined a sync that failed. Start it again.")
-        self.log.rounds[-1].attach = True
 
     def _too_few_to_begin(self, cards: list[Card]) -> bool:
         begins = all(c.phase == Phase.ATTACH and c.step == 0 for c in cards)

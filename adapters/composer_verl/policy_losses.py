@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from composer_plugins.channels.policy import resolve_objective
+from composer_plugins.channels.base import Term
+from composer_plugins.channels.policy import policy_term, resolve_objective
 from composer_plugins.config import PolicyConfig
 from composer_plugins.errors import ConfigError
-from composer_plugins.losses.policy import Objective, policy_loss
-from composer_plugins.losses.reduction import Reduction, count_units, scale_elements
+from composer_plugins.losses.policy import Objective
+from composer_plugins.losses.reduction import Reduction, count_units
 from composer_plugins.plugins import get_plugin_manager
 from composer_verl.section import PREFIX, VERL_AGGREGATION, logger, policy_options
 
@@ -90,31 +92,27 @@ def composer_policy_loss(
             f"{PREFIX}{name} has no dual clip: leave actor_rollout_ref.actor.clip_ratio_c at 3.0 and take "
             f"composer.policy.dual_clip out (found {options.dual_clip})."
         )
-    result = policy_loss(
-        objective,
+    host = aggregation == "host"
+    term = policy_term(
+        options,
+        replace(objective, reduction=Reduction.GLOBAL_TOKEN_MEAN) if host else objective,  # values as they are
         logprobs=log_prob,
         old_logprobs=old_log_prob,
         advantages=advantages,
         mask=mask,
-        clip_low=options.clip_low,
-        clip_high=options.clip_high,
-        dual_clip=options.dual_clip,
-        log_ratio_clamp=options.log_ratio_clamp,
-        cispo_bound=options.cispo_bound,
+        denominator=1.0,
+        importance_weights=rollout_is_weights,
     )
-    values = result.values
-    if rollout_is_weights is not None:
-        values = values * torch.where(mask, rollout_is_weights.detach(), 0.0)
-    if aggregation == "host":
+    if host:
         from verl.trainer.ppo.core_algos import agg_loss
 
-        loss = agg_loss(values, response_mask, loss_agg_mode, **config.global_batch_info)
+        loss = agg_loss(term.values, response_mask, loss_agg_mode, **config.global_batch_info)
     else:
         _remark_unused_aggregation(name, loss_agg_mode)
-        loss = _reduce(objective, values, mask, constant_length(name, options), config.global_batch_info)
+        loss = _reduce(objective, term.values, mask, constant_length(name, options), config.global_batch_info)
     if options.weight != 1:
         loss = loss * options.weight
-    return loss, _metrics(result, old_log_prob, log_prob, advantages, mask)
+    return loss, _metrics(term, old_log_prob, log_prob, mask)
 
 
 def constant_length(name: str, options: PolicyConfig) -> int | None:
@@ -134,24 +132,22 @@ def constant_length(name: str, options: PolicyConfig) -> int | None:
     return options.length_constant
 
 
-def _metrics(result, old_log_prob, log_prob, advantages, mask) -> dict[str, float]:
-    tokens = mask.sum().clamp(min=1)
-    shift = old_log_prob - log_prob.detach()
-    clipped = float(result.clipped.sum() / tokens)
+def _metrics(term: Term, old_log_prob: torch.Tensor, log_prob: torch.Tensor, mask: torch.Tensor) -> dict[str, float]:
+    """The channel's own metrics, and those under verl's names."""
+    shift = torch.where(mask, (old_log_prob - log_prob.detach()).clamp(-20.0, 20.0), 0.0)  # verl's clamp
+    ours = {name: term.metrics[name] for name in ("policy/clip_fraction", "policy/ratio", "policy/active_tokens")}
     return {
-        "actor/pg_clipfrac": clipped,
-        "actor/ppo_kl": float(torch.where(mask, shift.clamp(-20.0, 20.0), 0.0).sum() / tokens),  # verl's clamp
-        "policy/clip_fraction": clipped,
-        "policy/ratio": float(result.ratio.sum() / tokens),
-        "policy/active_tokens": float(((advantages != 0) & mask).sum()),
+        "actor/pg_clipfrac": ours["policy/clip_fraction"],
+        "actor/ppo_kl": float(shift.sum() / mask.sum().clamp(min=1)),
+        **ours,
     }
 
 
 def _reduce(
     objective: Objective, values: torch.Tensor, mask: torch.Tensor, length_constant: int | None, batch: dict[str, Any]
 ) -> torch.Tensor:
-    """Sum over the micro-batch / the global count of units, times dp_size (verl averages gradients over ranks)."""
-    total = scale_elements(values, mask, objective.reduction).sum()
+    """Sum of scaled values / the global count of units, times dp_size (verl averages gradients over ranks)."""
+    total = values.sum()
     ranks = batch.get("dp_size") or 1
     sequences = batch.get("global_batch_size")
     match objective.reduction:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from composer_plugins.hints.options import at_least, no_more
-from composer_plugins.hints.slots import Failure, body_of, failure_of, shorten
-from composer_plugins.traces.schema import Hint, State, Status
+from composer_plugins.hints.slots import Failure, FailureHints, body_of, shorten
+from composer_plugins.traces.schema import Hint, Status
 
 ENVIRONMENT = "An attempt at this step was answered with an error:\n{error}"
 PERSON = "An attempt at this step was stopped by the user, with this answer:\n{error}"
 
 
-class FeedbackHints:
+class FeedbackHints(FailureHints):
     """The `feedback` hint generator: what the environment (or the user) said, as it said it.
 
     The text can quote the failed call (an editor repeats the text that it did not find). It never holds anything
@@ -27,15 +27,6 @@ class FeedbackHints:
     def __init__(self, max_chars: int = 1000, **unknown: Any) -> None:
         no_more("feedback", unknown, "max_chars")
         self.max_chars = at_least("max_chars", max_chars, 20, "characters")
-
-    def generate(self, state: State) -> Hint | None:
-        """Return the feedback of the first result of the worst outcome of the state's step."""
-        failure = failure_of(state)
-        return None if failure is None else self._hint(failure)
-
-    def generate_for(self, tool: str | None, result_text: str, status: Status, error_class: str | None) -> Hint | None:
-        """Return the feedback of a live tool result; None when `status` is not a failure."""
-        return self._hint(Failure(tool, result_text, status, error_class)) if status.failed else None
 
     def _hint(self, failure: Failure) -> Hint:
         said = shorten(body_of(failure.text), self.max_chars)

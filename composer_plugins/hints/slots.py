@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from composer_plugins.traces.classify_shape import error_object, plain, split_exit, untag
-from composer_plugins.traces.schema import State, Status, ToolCall, ToolResult
+from composer_plugins.traces.schema import Hint, State, Status, ToolCall, ToolResult
 
 #: The fields that a template may use.
 FIELDS = frozenset({"tool", "error", "path", "command", "exit_code", "test", "tools"})
@@ -67,6 +67,19 @@ class Failure:
     call: ToolCall | None = None
     exit_code: int | None = None
     tools: tuple[str, ...] = ()
+
+
+class FailureHints:
+    """Base of the generators that see one failure at a time, recorded or live: they write `_hint`."""
+
+    def generate(self, state: State) -> Hint | None:
+        """Return the hint for the first result of the worst outcome of the state's step."""
+        failure = failure_of(state)
+        return None if failure is None else self._hint(failure)
+
+    def generate_for(self, tool: str | None, result_text: str, status: Status, error_class: str | None) -> Hint | None:
+        """Return the hint for a live tool result; None when `status` is not a failure."""
+        return self._hint(Failure(tool, result_text, status, error_class)) if status.failed else None
 
 
 def failure_of(state: State) -> Failure | None:

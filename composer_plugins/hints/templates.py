@@ -9,15 +9,15 @@ from typing import Any
 
 from composer_plugins.errors import ConfigError
 from composer_plugins.hints.options import at_least, no_more
-from composer_plugins.hints.slots import FIELDS, Failure, clean, failure_of, fill, shorten
-from composer_plugins.traces.schema import Hint, State, Status
+from composer_plugins.hints.slots import FIELDS, Failure, FailureHints, clean, fill, shorten
+from composer_plugins.traces.schema import Hint
 
 __all__ = ["BUILTIN", "FIELDS", "TemplateHints", "clean", "read_templates", "shorten"]
 
 BUILTIN = Path(__file__).with_name("templates.toml")
 
 
-class TemplateHints:
+class TemplateHints(FailureHints):
     """The `template` hint generator.
 
     Args:
@@ -36,15 +36,6 @@ class TemplateHints:
         self.templates = read_templates(BUILTIN)
         if path is not None:
             self.templates |= read_templates(Path(path))
-
-    def generate(self, state: State) -> Hint | None:
-        """Return the hint for the first result of the worst outcome of the state's step."""
-        failure = failure_of(state)
-        return None if failure is None else self._hint(failure)
-
-    def generate_for(self, tool: str | None, result_text: str, status: Status, error_class: str | None) -> Hint | None:
-        """Return the hint for a live tool result; None when `status` is not a failure."""
-        return self._hint(Failure(tool, result_text, status, error_class)) if status.failed else None
 
     def _hint(self, failure: Failure) -> Hint:
         known = failure.error_class if failure.error_class in self.templates else "default"

@@ -16,6 +16,7 @@ from typing import Any
 from composer_plugins import __version__
 from composer_plugins.errors import ConfigError
 from composer_plugins.report import catalogue, charts, health, tokens
+from composer_plugins.report.pages import environment
 from composer_plugins.report.reader import Run, read_run
 from composer_plugins.report.run_folder import write_atomic
 
@@ -57,27 +58,16 @@ def write_report(run: Path, output: Path | None = None) -> Path:
 
 def render(run: Run) -> str:
     """Return the report of `run` as HTML."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("composer_plugins.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        num=charts.number,
-        readable=tokens.readable,
+    pages = environment(
         short=charts.short,
         millions=millions,
         when=when,
         duration=duration,
         split_lines=split_lines,
     )
-    script = environment.get_template("script.js.jinja").render()
+    script = pages.get_template("script.js.jinja").render()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    template = environment.get_template("report.html.jinja")
+    template = pages.get_template("report.html.jinja")
     return template.render(**context(run), script=script, script_hash=digest, version=__version__)
 
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from composer_plugins import __version__
-from composer_plugins.report import charts, tokens
+from composer_plugins.report import charts
 from composer_plugins.report.charts import number
+from composer_plugins.report.pages import environment
 
 if TYPE_CHECKING:
     from composer_plugins.preferences.margin import Estimate, Margins
@@ -67,24 +68,18 @@ def render(found: Signal, *, name: str) -> str:
         found: the report.
         name: what to call it, e.g. the path of the pairs file.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("composer_plugins.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(readable=tokens.readable, num=number)
-    return environment.get_template("signal.html.jinja").render(
-        found=found,
-        name=name,
-        blocks=tables(found),
-        facts=facts(found),
-        histograms=histograms(found.margins),
-        matrix=matrix(found),
-        version=__version__,
+    return (
+        environment()
+        .get_template("signal.html.jinja")
+        .render(
+            found=found,
+            name=name,
+            blocks=tables(found),
+            facts=facts(found),
+            histograms=histograms(found.margins),
+            matrix=matrix(found),
+            version=__version__,
+        )
     )
 
 

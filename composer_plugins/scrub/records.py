@@ -58,10 +58,16 @@ def change(record: Any, to: Change, enter: Enter) -> Any:
         elif how == "json":
             new = change_json(value, to)
         else:
-            new = to(value, how, None)
+            new = _replaced(value, to, how, None)
         if new is not value:
             changed[name] = new
     return msgspec.structs.replace(record, **changed) if changed else record
+
+
+def _replaced(text: str, to: Change, how: str, name: str | None) -> str:
+    """The replacement; the text itself when nothing changed, so that unchanged parts are shared and counted so."""
+    new = to(text, how, name)
+    return text if new == text else new
 
 
 def _each(items: list, function: Callable[[Any], Any]) -> list:
@@ -72,7 +78,7 @@ def _each(items: list, function: Callable[[Any], Any]) -> list:
 def change_json(value: Any, to: Change, name: str | None = None) -> Any:
     """Return a JSON value with its strings and its keys replaced; two keys never become one."""
     if isinstance(value, str):
-        return to(value, "text", name)
+        return _replaced(value, to, "text", name)
     if isinstance(value, list):
         return _each(value, lambda item: change_json(item, to, name))
     if not isinstance(value, dict):
@@ -83,7 +89,7 @@ def change_json(value: Any, to: Change, name: str | None = None) -> Any:
     for key, item in value.items():
         label = title if key == "value" and isinstance(title, str) else key
         fresh_item = change_json(item, to, label)
-        fresh_key = to(key, "text", None) if len(key) > 5 else key
+        fresh_key = _replaced(key, to, "text", None) if len(key) > 5 else key
         same = same and fresh_item is item and fresh_key is key
         while fresh_key in new:
             fresh_key += "_"

@@ -14,6 +14,7 @@ A file is of the first of these formats that one of its first rows has.
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -207,7 +208,7 @@ def read_rows(
             counts["skipped:" + damage[0].reason] += 1
 
 
-class RowReader:
+class RowReader(ABC):
     """Base of the readers of chat rows: a record is a line, told by `row_format`, and `_row` makes its traces."""
 
     name: str
@@ -220,9 +221,9 @@ class RowReader:
         """Yield the traces of one file (see `composer_plugins.traces.base.TraceReader`)."""
         yield from read_rows(path, counts, self._row)
 
+    @abstractmethod
     def _row(self, row: dict[str, Any], path: Path, line: int, note: Note) -> list[Trace]:
         """The traces of one row (see `read_rows`)."""
-        raise NotImplementedError
 
 
 def take_row(rows: list[Any], path: Path, line: int, counts: Counter, to_traces) -> Iterator[Trace]:

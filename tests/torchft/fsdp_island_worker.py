@@ -64,7 +64,7 @@ def main() -> None:
         steps.append(loop.manager.current_step())
         if settings.get("slow") and steps[-1] >= settings["slow"]:
             time.sleep(0.2)
-        if steps[-1] == settings.get("die_at"):
+        if steps[-1] >= settings.get("die_at", float("inf")):  # an island that joins late starts beyond that step
             os._exit(7)
         end = folder / "rounds"
         if end.exists() and steps[-1] >= int(end.read_text()):

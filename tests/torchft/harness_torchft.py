@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import socket
 import subprocess
 import sys
 import threading
@@ -119,3 +121,15 @@ def islands(tmp_path):
     yield start
     for island in started:
         island.stop()
+
+
+def free_port() -> int:
+    """A port that no outgoing connection is given: islands that call a dead lighthouse may get its own port."""
+    for port in random.SystemRandom().sample(range(20000, 30000), 100):
+        with socket.socket() as s:
+            try:
+                s.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise AssertionError("no free port between 20000 and 30000")

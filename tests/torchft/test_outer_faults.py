@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -15,6 +14,7 @@ import sys
 import time
 
 import pytest
+from harness_torchft import free_port
 
 HEARTBEAT = 1.0
 LIMITS = {"quorum": 60, "allreduce": 4, "connect": 10, "quorum_retries": 60}
@@ -134,6 +134,8 @@ def test_a_late_joiner_takes_over_everything(lighthouse, islands):
     assert attached.step >= 4
     donor = {r.step: r for r in started[0].events("round")}
     assert attached.hash == donor[attached.step].after
+    written = [json.loads(line) for line in (started[2].folder / "rounds2.jsonl").read_text().splitlines()]
+    assert [r["attach"] for r in written] == [True] + [False] * (len(written) - 1)
     first = started[2].events("round")[0]
     assert first.step == attached.step + 1
     # the step count of the donor came along
@@ -161,18 +163,6 @@ def test_a_slow_island_is_waited_for(lighthouse, islands):
     slow = islands(address, 2, **{**settings, "inner_seconds": 0.4})
     survivors_agree([*fast, slow], last=4)
     assert {r.islands for r in fast[0].events("round")} == {3} and lost([*fast, slow]) == 0
-
-
-def free_port() -> int:
-    """A port that no outgoing connection is given: islands that call a dead lighthouse may get its own port."""
-    for port in random.SystemRandom().sample(range(20000, 30000), 100):
-        with socket.socket() as s:
-            try:
-                s.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
-    raise AssertionError("no free port between 20000 and 30000")
 
 
 def lighthouse_process(port: int) -> subprocess.Popen:

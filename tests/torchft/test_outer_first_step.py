@@ -7,11 +7,11 @@ import threading
 import pytest
 import torch
 from composer_torchft import attach_at_first_step
-from composer_torchft.hooks import named_by_position
 from harness_torchft import in_threads, outer
 
 from composer_plugins.config import OuterConfig
 from composer_plugins.errors import OuterLoopError
+from composer_plugins.first_step import named_by_position
 
 PREDICTED = [0.202, -0.9362, -2.38058]  # of test_outer_arithmetic.py
 MOVES = (0.4, 0.8)
