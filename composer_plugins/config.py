@@ -222,6 +222,8 @@ class OuterConfig(Section):
     """Address such as `http://10.0.0.1:29510`; None: the environment variable TORCHFT_LIGHTHOUSE."""
     island: str | None = None
     """Unique name of this island; None: the environment variable COMPOSER_ISLAND, else host name and process."""
+    log: Path | None = None
+    """JSONL file that gets one record per exchange; None: `outer.jsonl` in the run folder, where the host tells it."""
     interface: str = "127.0.0.1"
     """Address of this machine that other islands reach; the transports have no authentication: private networks only."""
     timeouts: OuterTimeouts = OuterTimeouts()
@@ -245,12 +247,23 @@ class OuterConfig(Section):
         return self
 
 
+class ExtraChannelConfig(Section):
+    """A channel that a plugin adds."""
+
+    weight: float = Field(0.0, ge=0)
+    """Weight of the term; 0: not computed."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Options of the plugin's channel."""
+
+
 class ComposerConfig(Section):
     """The `composer` section of a recipe."""
 
     policy: PolicyConfig = PolicyConfig()
     sdpo: SDPOConfig = SDPOConfig()
     replay_dpo: ReplayDPOConfig = ReplayDPOConfig()
+    channels: dict[str, ExtraChannelConfig] = Field(default_factory=dict)
+    """Channels that plugins add, by name (`composer-rl plugins`): each a mapping with `weight` and `options`."""
     outer: OuterConfig = OuterConfig()
     monitor: MonitorConfig = MonitorConfig()
 
@@ -258,8 +271,9 @@ class ComposerConfig(Section):
     def _needs_pairs(self) -> ComposerConfig:
         if self.replay_dpo.weight > 0 and self.replay_dpo.pairs is None:
             raise ValueError("replay_dpo.weight is above 0 but replay_dpo.pairs names no file; `composer-rl pairs`")
-        if self.policy.weight == self.sdpo.weight == self.replay_dpo.weight == 0:
-            raise ValueError("all three weights are 0: nothing would be trained")
+        weights = [self.policy.weight, self.sdpo.weight, self.replay_dpo.weight]
+        if not any([*weights, *(extra.weight for extra in self.channels.values())]):
+            raise ValueError("all weights are 0: nothing would be trained")
         return self
 
 

@@ -12,6 +12,9 @@ from composer_plugins.config import OuterConfig
 if TYPE_CHECKING:
     import torch
 
+#: The `outer` section for hosts that hand us no configuration in time, as one YAML mapping: `{sync_every: 20}`.
+OUTER_ENV = "COMPOSER_OUTER"
+
 
 @dataclass
 class HostState:
@@ -30,6 +33,9 @@ class HostState:
 
 class OuterLoop(Protocol):
     """An attached outer loop. It works inside the inner optimizer's `step`."""
+
+    #: Whether attaching replaced the parameters (the island joined late), so that gradients at hand are of others.
+    replaced: bool
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint of this island needs: global parameters, outer momentum, counters."""

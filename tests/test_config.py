@@ -22,7 +22,7 @@ def test_defaults_are_composer_2_as_published():
         ({"policy": {"kl": {"coef": 0.1, "placement": "loss"}}}, "expected gradient of zero"),
         ({"policy": {"kl": {"coef": 0.1, "estimator": "k3"}}}, "placement: reward takes estimator: k1"),
         ({"replay_dpo": {"weight": 1}}, r"replay_dpo\.pairs names no file"),
-        ({"policy": {"weight": 0}}, "all three weights are 0"),
+        ({"policy": {"weight": 0}}, "all weights are 0"),
         ({"sdpo": {"level": "sampled", "alpha": 0.5}}, r"level `sampled`.*alpha: 0\.5"),
         ({"sdpo": {"level": "sampled", "entry_clip": 0.1}}, "entry_clip"),
         ({"sdpo": {"level": "sampled", "teacher": {"kind": "trust_region"}}}, "trust_region"),

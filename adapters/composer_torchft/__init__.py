@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from composer_torchft import quiet  # noqa: F401  (before torchft is imported anywhere)
 
 if TYPE_CHECKING:
-    from composer_torchft.hooks import attach_at_first_step
+    from composer_plugins.first_step import attach_at_first_step
     from composer_torchft.loop import DiLoCoLoop, attach
 
 __all__ = ["DiLoCoLoop", "attach", "attach_at_first_step"]
@@ -15,7 +15,7 @@ __all__ = ["DiLoCoLoop", "attach", "attach_at_first_step"]
 
 def __getattr__(name: str) -> Any:
     if name == "attach_at_first_step":
-        from composer_torchft.hooks import attach_at_first_step
+        from composer_plugins.first_step import attach_at_first_step
 
         return attach_at_first_step
     if name in __all__:

@@ -12,7 +12,7 @@ from composer_plugins.config import OuterConfig
 from composer_torchft.fragments import ParameterFragment
 
 #: What may differ between islands.
-_OWN = {"island", "interface", "lighthouse", "timeouts", "max_retries", "min_islands", "start_with"}
+_OWN = {"island", "interface", "lighthouse", "timeouts", "max_retries", "min_islands", "start_with", "log"}
 
 
 def config_hash(config: OuterConfig) -> str:

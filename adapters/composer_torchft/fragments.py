@@ -68,6 +68,8 @@ def parameters_of(optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, t
                     "parameter to one group."
                 )
             trained[id(parameter)] = parameter
+    # frozen ones (some hosts hand all parameters to the optimizer) never move, so there is nothing to exchange
+    trained = {key: parameter for key, parameter in trained.items() if parameter.requires_grad}
     found: Named = []
     for name, parameter in named:
         if trained.pop(id(parameter), None) is not None:

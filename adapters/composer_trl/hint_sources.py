@@ -12,15 +12,13 @@ from accelerate.utils import gather_object
 from composer_plugins.config import SDPOConfig
 from composer_plugins.envs.tool_errors import NOT_RECORDED
 from composer_plugins.hints.splice import splice_messages
+from composer_plugins.hints.turns import FEEDBACK_HINT, SIBLING_HINT
 from composer_plugins.plugins import get_plugin_manager
 from composer_plugins.traces.classify import classify_text
 from composer_trl.hinted_turns import HintedTurn, HintSplicer, tool_results, turns_of
 
 if TYPE_CHECKING:
     from composer_trl.trainer import ComposerGRPOTrainer
-
-SIBLING_HINT = "A previous attempt at this task succeeded:\n{solution}\nSolve the task yourself."
-FEEDBACK_HINT = "Feedback on an earlier attempt at this task:\n{feedback}"
 
 
 @dataclass

@@ -15,6 +15,7 @@ class TRLHost:
 
     name = "trl"
     levels = (SignalLevel.FULL, SignalLevel.TOPK, SignalLevel.SAMPLED)
+    conformance = "composer_trl.conformance"
 
     def version(self) -> str | None:
         """Return the installed TRL version, or None."""
@@ -28,6 +29,10 @@ class TRLHost:
         try:
             loaded = load_recipe(recipe)
             trainer_arguments(loaded)
+            if loaded.composer.channels:  # building a plugin's channel imports torch
+                from composer_plugins.channels.extra import extra_channels
+
+                extra_channels(loaded.composer)
         except ComposerError as error:
             return str(error).splitlines()
         files = [

@@ -47,6 +47,7 @@ class StepMonitor(TrainerCallback):
         self.config, self.trainer = config, trainer
         self.weights = {
             "policy": config.policy.weight, "sdpo": config.sdpo.weight, "replay_dpo": config.replay_dpo.weight,
+            **{extra.name: extra.weight for extra in trainer.extra},
         }  # fmt: skip
         self.channels = [name for name, weight in self.weights.items() if weight > 0]
         totals = {f"{c}/loss" for c in self.channels} | {"policy/active_tokens"}
@@ -59,6 +60,7 @@ class StepMonitor(TrainerCallback):
         if "replay_dpo" in self.channels:
             totals |= {"replay_dpo/pairs"}
             means |= {f"replay_dpo/{m}" for m in ("accuracy", "margin", "chosen_shift", "rejected_shift")}
+        totals |= {extra.spec.activity for extra in trainer.extra}
         self.metrics = StepMetrics(totals, means)
         self.probe = GradientProbe(list(trainer.access.trainable().values()))
         self.silence = SilenceMonitor(config.monitor.silent_after, config.monitor.on_silence)
@@ -86,6 +88,15 @@ class StepMonitor(TrainerCallback):
         """Record a replay_dpo term."""
         self.metrics.add("replay_dpo/pairs", count)
         self._means(term, [f"replay_dpo/{m}" for m in ("accuracy", "margin", "chosen_shift", "rejected_shift")], count)
+
+    def extra(self, term: Term, mask: torch.Tensor) -> None:
+        """Record the term of a plugin's channel: its activity as a total, its other metrics as means over tokens."""
+        for name, value in term.metrics.items():
+            if self.metrics.knows_total(name):
+                self.metrics.add(name, value)
+            else:
+                self.metrics.declare_mean(name)
+                self.metrics.mean(name, value, float(mask.sum()))
 
     def micro_batch(self, parts: dict[str, torch.Tensor]) -> None:
         """Record the scaled loss of each channel; measure its gradient when this step is probed."""
@@ -148,6 +159,9 @@ class StepMonitor(TrainerCallback):
             self.silence.update("sdpo", values["sdpo/active_tokens"], why=why)
         if "replay_dpo" in self.channels:
             self.silence.update("replay_dpo", values["replay_dpo/pairs"], why="no pair was drawn")
+        for extra in self.trainer.extra:
+            why = f"its metric {extra.spec.activity} was 0"
+            self.silence.update(extra.name, values[extra.spec.activity], why=why)
 
     def _token_views(self, turns, divergence: torch.Tensor, channel: SDPOChannel) -> None:
         from composer_plugins.report.run_folder import TokenView, ViewMessage

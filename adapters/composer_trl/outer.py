@@ -59,7 +59,7 @@ class OuterLoopCallback(TrainerCallback):
             self.config,
             host_state=_schedule(state, lr_scheduler),
             resume=self._saved(args, state, model),
-            log=Path(args.output_dir) / LOG_FILE if args.process_index == 0 else None,
+            log=(self.config.log or Path(args.output_dir) / LOG_FILE) if args.process_index == 0 else None,
         )
 
     def _saved(self, args, state, model) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from composer_plugins.channels.base import Term
 from composer_plugins.channels.replay_dpo import replay_dpo_term
 from composer_plugins.config import ReplayDPOConfig
 from composer_plugins.errors import ConfigError
-from composer_trl.pair_stream import PairStream
+from composer_trl.pair_stream import PaddedPairs
 
 if TYPE_CHECKING:
     from composer_trl.trainer import ComposerGRPOTrainer
@@ -29,7 +29,7 @@ class PairChannel:
 
     def __init__(self, config: ReplayDPOConfig, trainer: ComposerGRPOTrainer) -> None:
         self.config, self.trainer = config, trainer
-        self.stream = PairStream(
+        self.stream = PaddedPairs(
             config,
             trainer._tokenizer,
             seed=trainer.args.seed,
@@ -40,11 +40,8 @@ class PairChannel:
 
     def begin(self) -> None:
         """Before the first step: score, under the initial weights, every pair that the run will draw."""
-        state, config = self.trainer.state, self.config
-        draws = min((state.max_steps - state.global_step) * config.pairs_per_step, len(self.stream.order))
-        first = state.global_step * config.pairs_per_step
-        order = self.stream.order
-        needed = sorted({order[(first + j) % len(order)] for j in range(draws)} - self.stream.reference.keys())
+        state = self.trainer.state
+        needed = self.stream.unscored(state.global_step, state.max_steps - state.global_step)
         if state.global_step > 0 and needed:
             raise ConfigError(  # the weights have moved: scoring now would not be the reference
                 f"This resumed run would draw {len(needed)} pairs that the first run did not score under the initial "

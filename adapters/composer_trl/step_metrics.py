@@ -24,6 +24,15 @@ class StepMetrics:
         self._sums: dict[str, float] = defaultdict(float)
         self._weights: dict[str, float] = defaultdict(float)
 
+    def knows_total(self, name: str) -> bool:
+        """Whether `name` was declared as a total."""
+        return name in self._totals
+
+    def declare_mean(self, name: str) -> None:
+        """Declare a mean that was not known up front; every rank has to, in the same step."""
+        if name not in self._means:
+            self._means = sorted([*self._means, name])
+
     def add(self, name: str, value: float) -> None:
         """Add to a total."""
         self._sums[name] += float(value)

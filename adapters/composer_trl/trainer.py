@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 import torch
 from trl import GRPOTrainer
 
-from composer_plugins.channels.base import Term
+from composer_plugins.channels.base import Term, TokenBatch
+from composer_plugins.channels.extra import extra_channels
 from composer_plugins.errors import ConfigError, UnsupportedError
 from composer_trl.config import LEVELS, ComposerGRPOConfig
 from composer_trl.hint_sources import HintSources, Rollout
@@ -25,7 +26,7 @@ from composer_trl.model_access import ModelAccess
 from composer_trl.monitor import StepMonitor
 from composer_trl.outer import OuterLoopCallback
 from composer_trl.pair_channel import PairChannel
-from composer_trl.policy_channel import PolicyChannel
+from composer_trl.policy_channel import PolicyChannel, loss_mask
 from composer_trl.sdpo_channel import SDPOChannel
 
 TURNS, DENOMINATORS = "composer_turns", "composer_denominators"
@@ -64,7 +65,8 @@ class ComposerGRPOTrainer(GRPOTrainer):
             )
         self.composer = (args if args is not None else ComposerGRPOConfig("composer-grpo")).parsed()
         policy = self.composer.policy
-        others = self.composer.sdpo.weight > 0 or self.composer.replay_dpo.weight > 0
+        self.extra = extra_channels(self.composer)
+        others = self.composer.sdpo.weight > 0 or self.composer.replay_dpo.weight > 0 or bool(self.extra)
         self._plain = policy.objective == "host" and policy.weight == 1.0 and not others
         self.token_view_sink: Callable[[Any], None] | None = None
         self._rollout: Rollout | None = None
@@ -143,6 +145,7 @@ class ComposerGRPOTrainer(GRPOTrainer):
                 [
                     self.policy_channel.units(b),
                     self.sdpo_channel.units(b[TURNS]) if self.sdpo_channel else 0.0,
+                    *self._extra_units(b),
                 ]
                 for b in batches
             ],
@@ -157,7 +160,12 @@ class ComposerGRPOTrainer(GRPOTrainer):
                 total = counts[first : first + window].sum(0)
             else:  # the step mixes generation batches: scale this one's mean to a step, as TRL does
                 total = counts.mean(0) * window
-            batch[DENOMINATORS] = {"policy": float(total[0]), "sdpo": float(total[1])}
+            names = ("policy", "sdpo", *(extra.name for extra in self.extra))
+            batch[DENOMINATORS] = dict(zip(names, total.tolist(), strict=True))
+
+    def _extra_units(self, batch: dict[str, Any]) -> list[float]:
+        mask, constant = loss_mask(batch).bool(), self.policy_channel.length_constant
+        return [extra.units(mask, length_constant=constant) for extra in self.extra]
 
     # Loss
 
@@ -188,12 +196,28 @@ class ComposerGRPOTrainer(GRPOTrainer):
             terms += self.sdpo_channel.terms(inputs, logps, hidden[0], inputs[TURNS], inputs[DENOMINATORS]["sdpo"])
         if self.pair_channel is not None:
             terms += self.pair_channel.terms()
+        terms += self._extra_terms(inputs, logps)
         # DDP averages gradients over ranks; the denominators are global, so undo that
         world = self.accelerator.num_processes
         parts = {"policy": policy_loss, **{t.name: t.loss() * world for t in terms}}
         self.monitor.micro_batch(parts)
         # the zero ties the loss to the student's forward, which DDP expects in every micro-batch
         return sum(parts.values()) + logps.sum() * 0.0
+
+    def _extra_terms(self, inputs: dict[str, Any], logps: torch.Tensor) -> list[Term]:
+        """The terms of plugins' channels, from the log-probs that the policy forward gave."""
+        if not self.extra:
+            return []
+        mask, old, advantages = loss_mask(inputs).bool(), inputs.get("old_per_token_logps"), inputs["advantages"]
+        batch = TokenBatch(
+            logprobs=logps, old_logprobs=logps.detach() if old is None else old, mask=mask,
+            advantages=advantages if advantages.dim() == 2 else advantages[:, None].expand_as(logps),
+            token_ids=inputs["completion_ids"],
+        )  # fmt: skip
+        terms = [extra.term(batch, max(inputs[DENOMINATORS][extra.name], 1.0)) for extra in self.extra]
+        for term in terms:
+            self.monitor.extra(term, mask)
+        return terms
 
     # Checkpoints
 

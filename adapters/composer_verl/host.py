@@ -8,12 +8,16 @@ import io
 import os
 import subprocess
 import sys
+import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from composer_plugins.channels.levels import SignalLevel
+from composer_plugins.config import AdvantageConfig
 from composer_plugins.errors import ComposerError, ConfigError
+from composer_verl import outer
+from composer_verl.preflight import check_config
 
 #: Where verl keeps its own configuration files, as Hydra's search path names it.
 VERL_CONFIG = "pkg://verl.trainer.config"
@@ -23,7 +27,8 @@ class VerlHost:
     """See `composer_plugins.hosts.Host`. A recipe is a Hydra configuration on top of verl's `ppo_trainer.yaml`."""
 
     name = "verl"
-    levels = (SignalLevel.SAMPLED,)
+    levels = (SignalLevel.TOPK, SignalLevel.SAMPLED)
+    conformance = "composer_verl.conformance"
 
     def version(self) -> str | None:
         """Return the installed verl version, or None."""
@@ -119,9 +124,14 @@ def problems(recipe: Path, overrides: list[str]) -> list[str]:
     """Return what is wrong with a recipe under overrides, as sentences with the fix."""
     try:
         config = compose(recipe, overrides)
-        return [*_unregistered(config), *_section(config)] or _host_checks(config)
+        found = [*_unregistered(config), *check_config(config), *outer.problems(config)]
     except ComposerError as error:
         return str(error).splitlines()
+    try:
+        found += _section(config)
+    except ComposerError as error:
+        found += str(error).splitlines()
+    return list(dict.fromkeys(found)) or _host_checks(config)
 
 
 def _unregistered(config) -> list[str]:
@@ -136,15 +146,25 @@ def _unregistered(config) -> list[str]:
         name = _select(config, key)
         if name in registry:
             continue
-        policy = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto")
-        ours = f"; VERL_USE_EXTERNAL_PLUGINS={policy} keeps ours out: unset it" if policy != "auto" else ""
-        found.append(f"{key}: verl has no {name!r}{ours}. It has: {', '.join(map(str, registry))}.")
-    mode = _select(config, "trainer.v1.trainer_mode")
+        found.append(f"{key}: verl has no {name!r}{_kept_out()}. It has: {', '.join(map(str, registry))}.")
     if not _select(config, "trainer.use_v1"):
         found.append("trainer.use_v1 must be true: verl's v0 trainer is deprecated and not supported here.")
-    elif mode not in ("sync", "colocate_async", "separate_async"):
-        found.append(f"trainer.v1.trainer_mode must be sync, colocate_async or separate_async, found {mode!r}.")
+        return found
+    with warnings.catch_warnings(action="ignore"):  # of engines that are not installed
+        import verl.trainer.ppo.v1  # noqa: F401  our trainer is registered when verl has imported its own
+    from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
+
+    mode = _select(config, "trainer.v1.trainer_mode")
+    if mode not in TRAINER_REGISTRY:
+        found.append(
+            f"trainer.v1.trainer_mode: verl has no {mode!r}{_kept_out()}. It has: {', '.join(TRAINER_REGISTRY)}."
+        )
     return found
+
+
+def _kept_out() -> str:
+    policy = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto")
+    return f"; VERL_USE_EXTERNAL_PLUGINS={policy} keeps ours out: unset it" if policy != "auto" else ""
 
 
 def _section(config) -> list[str]:
@@ -164,6 +184,12 @@ def _section(config) -> list[str]:
         constant_length(name, options)
     advantage = advantage_options(config.algorithm)
     section = plain(getattr(actor.policy_loss, "composer", None) or {})
+    estimator = str(_select(config, "algorithm.adv_estimator"))
+    if not estimator.startswith(PREFIX) and options.advantage != AdvantageConfig():
+        return [
+            f"composer.policy.advantage has no effect on verl's own algorithm.adv_estimator={estimator}: set it to "
+            f"{mode}, or take the key out."
+        ]
     if section and options.advantage != advantage:
         return [
             "policy_loss.composer.policy.advantage is not what the advantage estimator reads: set "

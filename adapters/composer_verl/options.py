@@ -10,7 +10,8 @@ from verl.workers.config.actor import PolicyLossConfig
 
 from composer_plugins.config import AdvantageConfig
 from composer_plugins.errors import ConfigError
-from composer_verl.section import PREFIX, checked_section, plain
+from composer_verl import outer
+from composer_verl.section import PREFIX, checked_section, knows_channels, plain
 
 
 @dataclass
@@ -25,6 +26,8 @@ class ComposerPolicyLossConfig(PolicyLossConfig):
         composer: the `composer` section, the same as on every host.
         aggregation: "objective" reduces as the objective's paper, with verl's global counts as denominators;
             "host" uses `actor.loss_agg_mode`.
+        trainer_mode: `trainer.v1.trainer_mode` (`${trainer.v1.trainer_mode}` in our recipes): channels 2 and 3 in the
+            section are refused unless it is `composer`, the trainer that knows them.
 
     Raises:
         ConfigError: unknown keys, or what a policy loss alone cannot do.
@@ -32,6 +35,7 @@ class ComposerPolicyLossConfig(PolicyLossConfig):
 
     composer: dict[str, Any] = field(default_factory=dict)
     aggregation: str = "objective"
+    trainer_mode: str = "sync"
 
     def __post_init__(self) -> None:
         if self.aggregation not in ("objective", "host"):
@@ -43,7 +47,10 @@ class ComposerPolicyLossConfig(PolicyLossConfig):
                     f"{PREFIX}<objective>, e.g. {PREFIX}dr_grpo, or take the section out."
                 )
             return
-        section = checked_section(plain(self.composer), self.loss_mode.removeprefix(PREFIX))
+        section = checked_section(
+            plain(self.composer), self.loss_mode.removeprefix(PREFIX), channels=knows_channels(self.trainer_mode)
+        )
+        outer.install(section.outer)
         if section.policy.advantage != AdvantageConfig():
             warnings.warn(
                 "policy_loss.composer.policy.advantage is not read by the policy loss but by the advantage estimator, "

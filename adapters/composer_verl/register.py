@@ -12,10 +12,14 @@ logger = logging.getLogger("composer_verl")
 
 try:
     from composer_verl.advantages import register_advantages
+    from composer_verl.late import register_late
+    from composer_verl.outer import install_at_import
     from composer_verl.policy_losses import register_policy_losses
 
     LOSS_MODES = register_policy_losses()
     ADVANTAGE_ESTIMATORS = register_advantages()
+    register_late()
+    install_at_import()
 except Exception as error:
     logger.error(
         "composer-plugins could not register its losses with verl: %s: %s. A recipe that names them will not run; "

@@ -15,6 +15,8 @@ from composer_plugins.errors import ConfigError, UnsupportedError
 logger = logging.getLogger("composer_verl")
 
 PREFIX = "composer_"
+#: `trainer.v1.trainer_mode` of the trainer that trains all three channels.
+TRAINER_MODE = "composer"
 #: verl's defaults: a value that differs was set by the user, and then it is meant.
 VERL_CLIP, VERL_DUAL_CLIP, VERL_AGGREGATION = 0.2, 3.0, "token-mean"
 
@@ -33,7 +35,11 @@ def policy_options(actor, objective: str) -> tuple[PolicyConfig, str]:
         ConfigError: unknown keys, or `composer.policy.objective` contradicts the loss mode.
     """
     loss = actor.policy_loss
-    section = checked_section(plain(getattr(loss, "composer", None) or {}), objective)
+    section = checked_section(
+        plain(getattr(loss, "composer", None) or {}),
+        objective,
+        channels=knows_channels(getattr(loss, "trainer_mode", "")),
+    )
     updates = {}
     for key, value, default in (
         ("clip_low", _first(actor.clip_ratio_low, actor.clip_ratio), VERL_CLIP),
@@ -70,8 +76,17 @@ def plain(section: Any) -> dict[str, Any]:
     return {key: plain(value) if isinstance(value, DictConfig | dict) else value for key, value in section.items()}
 
 
-def checked_section(section: dict[str, Any], objective: str) -> ComposerConfig:
-    """Parse a section for the policy loss of one loss mode; refuse what would have no effect there."""
+def knows_channels(trainer_mode: Any) -> bool:
+    """True for the trainer that trains channels 2 and 3; verl's own leave them out."""
+    return trainer_mode == TRAINER_MODE
+
+
+def checked_section(section: dict[str, Any], objective: str, *, channels: bool = False) -> ComposerConfig:
+    """Parse a section for the policy loss of one loss mode; refuse what would have no effect there.
+
+    Args:
+        channels: the trainer knows channels 2 and 3.
+    """
     policy = section.get("policy")
     if isinstance(policy, dict) and "objective" in policy and policy["objective"] != objective:
         raise ConfigError(
@@ -79,24 +94,18 @@ def checked_section(section: dict[str, Any], objective: str) -> ComposerConfig:
             f"{policy['objective']!r}: keep one of them, or make them agree."
         )
     parsed = parse_section({**section, "policy": {**(policy or {}), "objective": objective}})
-    refuse_unsupported(parsed)
+    refuse_unsupported(parsed, channels=channels)
     return parsed
 
 
-def refuse_unsupported(section: ComposerConfig) -> None:
-    """Raise `UnsupportedError` for channels and options that a policy loss on verl's stock trainer cannot give."""
+def refuse_unsupported(section: ComposerConfig, *, channels: bool = False) -> None:
+    """Raise `UnsupportedError` for channels and options that have no effect on verl.
+
+    Args:
+        channels: the trainer knows channels 2 and 3 (`trainer_mode: composer`).
+    """
     kl = section.policy.kl
-    problems = []
-    if section.sdpo.weight > 0:
-        problems.append(
-            "composer.sdpo.weight above 0: channel 2 is not available on verl yet; set it to 0, or use TRL."
-        )
-    if section.replay_dpo.weight > 0:
-        problems.append(
-            "composer.replay_dpo.weight above 0: channel 3 is not available on verl yet; set it to 0, or use TRL."
-        )
-    if section.outer.sync_every > 0:
-        problems.append("composer.outer.sync_every above 0: the outer loop is not attached to verl; set it to 0.")
+    problems = [] if channels else refuse_channels(section)
     if kl.coef > 0 and kl.placement == "reward":
         problems.append(
             "composer.policy.kl: verl has this itself; set algorithm.use_kl_in_reward=true algorithm.kl_penalty=kl "
@@ -110,6 +119,18 @@ def refuse_unsupported(section: ComposerConfig) -> None:
         )
     if problems:
         raise UnsupportedError("\n".join(problems))
+
+
+def refuse_channels(section: ComposerConfig) -> list[str]:
+    """Sentences about the channels that verl's own trainers would leave out without a word."""
+    weights = {"sdpo": section.sdpo.weight, "replay_dpo": section.replay_dpo.weight}
+    return [
+        f"composer.{name}.weight is {weight}, but verl's own trainers do not know this channel: set "
+        f"trainer.v1.trainer_mode={TRAINER_MODE}, or the weight to 0 (a policy loss of its own also reads "
+        "policy_loss.trainer_mode, which our recipes set to ${trainer.v1.trainer_mode})."
+        for name, weight in weights.items()
+        if weight > 0
+    ]
 
 
 def _first(*values: Any) -> Any:

@@ -38,6 +38,7 @@ COMMANDS = (
     "report",
     "validate",
     "plugins",
+    "conformance",
 )
 
 #: Packages that come with an extra of the distribution.

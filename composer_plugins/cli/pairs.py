@@ -160,14 +160,14 @@ def pairs(
         calls_only=calls_only, recovery_window=recovery_window, own_family=own_family, student=student,
         recorded_model=recorded_model,
     )  # fmt: skip
-    stats = PairStats()
+    stats, tokenizer = PairStats(), _tokenizer(model)
     found = list(
         build_pairs(
             read_stage(states, State),
             read_stage(replays, Replay),
             options,
             stats=stats,
-            count_tokens=_token_counter(model),
+            count_tokens=_token_counter(tokenizer),
             equality=Equality(equality) if equality else None,
             families=Families(families) if families else None,
         )
@@ -180,7 +180,8 @@ def pairs(
     inputs = [path for path in (states, replays, equality, families) if path is not None]
     manifest = Manifest(
         stage="pairs", record="Pair", written=0, scrubbed=read_manifest(states).scrubbed,
-        inputs={str(path): file_sha256(path) for path in inputs}, options={"pairs": options, **stats.details()},
+        inputs={str(path): file_sha256(path) for path in inputs},
+        options={"pairs": options, **_counted_with(model, tokenizer), **stats.details()},
     )  # fmt: skip
     write_stage(output, found, manifest, counts=stats.counts())
     _print(stats, options, output)
@@ -190,13 +191,29 @@ def pairs(
         typer.echo(f"No pair, so {trl} was not written.")
 
 
-def _token_counter(model: str | None):
+def _tokenizer(model: str | None):
     if model is None:
         return None
-    from composer_plugins.models import load_tokenizer, render_action
+    from composer_plugins.models import load_tokenizer
 
-    tokenizer = load_tokenizer(model)
+    return load_tokenizer(model)
+
+
+def _token_counter(tokenizer):
+    if tokenizer is None:
+        return None
+    from composer_plugins.models import render_action
+
     return lambda action: len(tokenizer.encode(render_action(action, thinking=True), add_special_tokens=False))
+
+
+def _counted_with(model: str | None, tokenizer) -> dict:
+    """What the manifest says about the tokenizer, so that a run with another one refuses the pairs."""
+    if tokenizer is None:
+        return {}
+    from composer_plugins.models.tokenizer import tokenizer_fingerprint
+
+    return {"tokenizer": {"model": model, "sha256": tokenizer_fingerprint(tokenizer, template=False)}}
 
 
 def _print(stats, options, output: Path) -> None:

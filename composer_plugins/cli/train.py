@@ -9,6 +9,7 @@ import typer
 
 from composer_plugins.config import read_yaml
 from composer_plugins.errors import ConfigError
+from composer_plugins.hosts import host_by_suffix
 from composer_plugins.plugins import get_plugin_manager
 
 
@@ -31,7 +32,7 @@ def train(
 
     Several processes: `accelerate launch --num_processes 2 -m composer_plugins.cli train RECIPE`.
     """
-    name = read_yaml(recipe).get("host")
+    name = host_by_suffix(recipe) or read_yaml(recipe).get("host")
     if not isinstance(name, str):
         raise ConfigError(f"{recipe} has no `host:` key; add e.g. `host: trl` (`composer-rl plugins` lists the hosts).")
     folder = get_plugin_manager().hosts.get(name).load().train(recipe, output_dir=output_dir, overrides=override)

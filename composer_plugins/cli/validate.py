@@ -48,14 +48,19 @@ def examine(path: Path) -> Finding:
     """Return what a file is and what is wrong with it; never raises for bad input."""
     from composer_plugins.config import read_yaml
     from composer_plugins.errors import ComposerError
+    from composer_plugins.hosts import host_by_suffix
     from composer_plugins.traces.store import manifest_path
 
     if not path.is_file():
         return Finding(path, "not a file", [f"There is no file at {path}. Check the path."])
     if path.suffix == ".jsonl" or manifest_path(path).exists():
         return _stage(path)
+    if host := host_by_suffix(path):
+        return _by_host(Finding(path, f"recipe for {host}"), host)
     if path.suffix not in (".yaml", ".yml"):
-        return Finding(path, "unknown", ["Expected a recipe or teachers file (.yaml) or a stage file (.jsonl)."])
+        return Finding(
+            path, "unknown", ["Expected a recipe (.yaml, prime-rl's .toml), a teachers file or a stage file (.jsonl)."]
+        )
     try:
         data = read_yaml(path)
     except ComposerError as error:
@@ -73,7 +78,6 @@ def examine(path: Path) -> Finding:
 def _recipe(path: Path, data: dict) -> Finding:
     from composer_plugins.config import parse_section
     from composer_plugins.errors import ComposerError
-    from composer_plugins.plugins import get_plugin_manager
 
     host = data.get("host")
     finding = Finding(path, f"recipe for {host}" if isinstance(host, str) else "recipe")
@@ -91,8 +95,16 @@ def _recipe(path: Path, data: dict) -> Finding:
     if not isinstance(host, str):
         finding.problems.append(f"`host` must be a name, found {type(host).__name__}.")
         return finding
+    return _by_host(finding, host)
+
+
+def _by_host(finding: Finding, host: str) -> Finding:
+    """Add what the host itself says about the recipe."""
+    from composer_plugins.errors import ComposerError
+    from composer_plugins.plugins import get_plugin_manager
+
     try:
-        found = get_plugin_manager().hosts.get(host).load().validate(path)
+        found = get_plugin_manager().hosts.get(host).load().validate(finding.path)
     except ComposerError as error:
         found = str(error).splitlines()
     except ImportError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -42,3 +44,18 @@ def token_counter(
         return len(ids)
 
     return count
+
+
+def tokenizer_fingerprint(
+    tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None, *, template: bool = True
+) -> str:
+    """Return a SHA-256 over the vocabulary and (by default) the special tokens and the chat template.
+
+    Args:
+        chat_template: used in place of the tokenizer's own.
+        template: False: the vocabulary only (which ids a text has, not how a conversation is written).
+    """
+    parts = [sorted(tokenizer.get_vocab().items())]
+    if template:
+        parts += [sorted(set(tokenizer.all_special_tokens)), chat_template or tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

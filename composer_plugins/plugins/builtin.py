@@ -33,6 +33,7 @@ def register_trace_readers(register) -> None:
     register(Entry("mini_swe_agent", "mini-swe-agent trajectory, v1 and v2", f"{traces}.mini_swe_agent:READER"))
     register(Entry("openhands", "OpenHands output.jsonl and event streams, V0 and V1", f"{traces}.openhands:READER"))
     register(Entry("verifiers", "rollouts saved by verifiers and prime-rl", f"{traces}.verifiers_rollouts:READER"))
+    register(Entry("verl", "generation dumps of verl's trainers", f"{traces}.verl_rollouts:READER"))
     register(Entry("trl", "TRL conversational dataset JSONL", f"{traces}.trl_dataset:READER"))
     register(Entry("atif", "ATIF trajectories 1.x, JSON or JSONL", f"{traces}.atif:READER"))
     register(Entry("openai_messages", "OpenAI chat messages, JSON or JSONL", f"{traces}.openai_messages:READER"))

@@ -64,8 +64,8 @@ def _events(value: Any) -> list[Any] | None:
 
 
 def _is_event(value: Any) -> bool:
-    if isinstance(value, list):  # a pair of action and observation
-        return bool(value) and _is_event(value[0])
+    while isinstance(value, list) and value:  # a pair of action and observation; a loop, as JSON may nest deeply
+        value = value[0]
     return openhands_v0.is_event(value) or openhands_v1.is_event(value)
 
 

@@ -96,7 +96,8 @@ class Step(Record):
     interrupted steps. `inexact` says why `history_exact` is false: system_prompt (the log does not record
     it), compaction, microcompaction, attachment, demonstration (worked examples that the reader leaves out),
     missing_result, encrypted_reasoning (only the provider can read it), text_completion (a prompt that was
-    plain text, shown as a message), unlinked or damaged_line.
+    plain text, shown as a message), prompt_differs and context_from_text (verl rollouts), unlinked or
+    damaged_line.
     """
 
     index: int

@@ -138,6 +138,7 @@ def test_bad_models_and_adapters(tiny, tmp_path):
         local.LocalTeacher(config(model=str(tmp_path / "nowhere")))
     with pytest.raises(TeacherError, match="expected a PEFT adapter folder"):
         local.LocalTeacher(config(model=str(tiny), adapter=tmp_path))
+    pytest.importorskip("peft", reason="peft is not installed (it comes with the extra trl)")
     (tmp_path / "adapter_config.json").write_text("{}")
     teacher = local.LocalTeacher(config(model=str(tiny), adapter=tmp_path))
     with pytest.raises(TeacherError, match="does not fit"):

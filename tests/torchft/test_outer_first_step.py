@@ -8,10 +8,11 @@ import pytest
 import torch
 from composer_torchft import attach_at_first_step
 from harness_torchft import in_threads, outer
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from composer_plugins.config import OuterConfig
 from composer_plugins.errors import OuterLoopError
-from composer_plugins.first_step import named_by_position
+from composer_plugins.first_step import FirstStep, Place, named_by_position
 
 PREDICTED = [0.202, -0.9362, -2.38058]  # of test_outer_arithmetic.py
 MOVES = (0.4, 0.8)
@@ -96,3 +97,65 @@ def test_names_tell_order_and_shape():
     a, b = torch.nn.Parameter(torch.ones(2, 3)), torch.nn.Parameter(torch.ones(4))
     optimizer = torch.optim.SGD([{"params": [a]}, {"params": [b], "lr": 0.1}], lr=0.2)
     assert [n for n, _ in named_by_position(optimizer)] == ["parameters.0.2x3", "parameters.1.4"]
+
+
+def test_the_last_step_leaves_with_the_global_parameters(lighthouse):
+    address = lighthouse().address
+
+    def body(i):
+        parameters = [torch.nn.Parameter(torch.ones(3))]
+        optimizer = torch.optim.SGD(parameters, lr=1.0)
+        steps, found = iter(range(1, 9)), []
+        place = Place(is_last=lambda: next(steps) == 7)
+        waiting = FirstStep(outer(address, i), lambda o: place if o is optimizer else None)
+        for _ in host(optimizer, parameters, 7, MOVES[i] / 2):
+            found.append(parameters[0][0].item())
+        # what the host does next it does alone, and undisturbed
+        list(host(optimizer, parameters, 1, 0.5))
+        lost = waiting.finish()
+        return found[5], found[6], parameters[0][0].item(), lost
+
+    for sixth, seventh, alone, lost in in_threads(2, body):
+        assert sixth == seventh == pytest.approx(PREDICTED[2], abs=1e-5)
+        assert alone == pytest.approx(sixth - 0.5) and lost == 1
+
+
+def test_steps_that_torchs_checkpoints_make_are_not_counted(lighthouse):
+    """Before the first step, as when a host resumes, and with an empty state, as right after a heal."""
+    address = lighthouse().address
+
+    def body(i):
+        model = torch.nn.Linear(2, 2)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.fill_(1.0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        waiting = attach_at_first_step(outer(address, i), lambda o: o is optimizer)
+        get_optimizer_state_dict(model, optimizer)
+        assert waiting.loop is None
+        found = []
+        for _ in host(optimizer, list(model.parameters()), 6, MOVES[i] / 2):
+            optimizer.zero_grad()
+            get_optimizer_state_dict(model, optimizer)
+            found.append(model.bias[0].item())
+        waiting.finish()
+        return found[1::2]
+
+    for found in in_threads(2, body):
+        assert found == pytest.approx(PREDICTED, abs=1e-5)
+
+
+def test_frozen_parameters_in_the_optimizer_are_not_exchanged(lighthouse):
+    address = lighthouse().address
+
+    def body(i):
+        frozen = torch.nn.Parameter(torch.full((5,), float(i)), requires_grad=False)  # differs, and may
+        parameters = [torch.nn.Parameter(torch.ones(3)), frozen]
+        optimizer = torch.optim.SGD(parameters, lr=1.0)
+        waiting = attach_at_first_step(outer(address, i), lambda o: o is optimizer)
+        list(host(optimizer, parameters[:1], 2, MOVES[i] / 2))
+        size = waiting.loop.metrics()["outer/bytes"]
+        waiting.finish()
+        return size, frozen[0].item(), parameters[0][0].item()
+
+    assert [f[:2] for f in in_threads(2, body)] == [(12.0, 0.0), (12.0, 1.0)]

@@ -1,16 +1,14 @@
 """verl's real v1 trainer on a CPU with a tiny model: Ray, TransferQueue, FSDP2, rollouts, weight sync.
 
-    OMP_NUM_THREADS=1 python -m pytest -m slow tests/verl/test_verl_trainer.py
+    OMP_NUM_THREADS=1 python -m pytest tests/verl/test_verl_trainer.py             # two runs: all channels; stock trainer
+    OMP_NUM_THREADS=1 python -m pytest -m slow tests/verl/test_verl_trainer.py     # every combination
 
 About a minute a run on 2 cores. `cpu_host/` holds what stands in for the accelerator; verl itself is unpatched.
 """
 
 import importlib.util
-import json
-import os
+import itertools
 import re
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,50 +19,32 @@ if importlib.util.find_spec("verl") is None:
         "verl is not installed: it needs an environment of its own (docs/how-to/verl.md)", allow_module_level=True
     )
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-HERE = Path(__file__).parent
-RECIPES = HERE.parents[1] / "recipes" / "verl"
-CPU_HOST = HERE / "cpu_host"
+sys.path.insert(0, str(Path(__file__).parent / "cpu_host"))
+from cpu_run import channel_overrides, run
+
+pytestmark = pytest.mark.timeout(900)
 
 
-def run(folder, *overrides, ranks=1, steps=3, recipe="composer_policy", **environment):
-    """Run `main_ppo` on a recipe; return (exit code, output, metrics per step)."""
-    sys.path.insert(0, str(CPU_HOST))
-    environment = {
-        **os.environ, "PYTHONPATH": str(CPU_HOST), "VERL_USE_EXTERNAL_MODULES": "composer_cpu_host",
-        "VERL_PLATFORM": "cpu", "OMP_NUM_THREADS": "1", "VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl"),
-        "RAY_DEDUP_LOGS": "0", "RAY_memory_monitor_refresh_ms": "0", "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0", **environment,
-    }  # fmt: skip
-    write = f"import sys, pathlib; from composer_cpu_host.overrides import cpu_overrides; print(*cpu_overrides(pathlib.Path({str(folder)!r}), ranks={ranks}, steps={steps}), sep=chr(10))"
-    settings = subprocess.run(
-        [sys.executable, "-c", write], capture_output=True, text=True, check=True, env=environment
-    ).stdout.splitlines()
-    settings = [line for line in settings if re.match(r"\+?[a-z_]+\.", line)]
-    command = [sys.executable, "-m", "verl.trainer.main_ppo", "--config-dir", str(RECIPES), "--config-name", recipe]
-    output = folder / "output.log"
-    with output.open("w") as log:
-        process = subprocess.Popen(
-            [*command, *settings, *overrides, f"hydra.run.dir={folder / 'hydra'}"],
-            stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=folder, start_new_session=True,
-        )  # fmt: skip
-        try:
-            code = process.wait(timeout=600)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise AssertionError(output.read_text()[-4000:]) from None
-    lines = (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").exists() else []
-    return code, output.read_text(), [json.loads(line)["data"] for line in lines]
+def channels(folder, *overrides, policy=True, sdpo=True, replay_dpo=True, **options):
+    """Run `composer_all` with the channels on or off; (exit code, output, metrics per step)."""
+    own = channel_overrides(folder, policy=policy, sdpo=sdpo, replay_dpo=replay_dpo)
+    return run(folder, *own, *overrides, recipe="composer_all", **options)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_three_steps_of_dr_grpo(tmp_path, ranks):
-    code, output, metrics = run(tmp_path, "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=2", ranks=ranks)
-    assert code == 0, output[-4000:]
-    assert [m["training/global_step"] for m in metrics] == [1, 2, 3]
-    for step in metrics:
+def check_channel(steps, name, on, activity):
+    """A channel that is on contributes in every step; one that is off leaves no metric."""
+    found = [{key: value for key, value in step.items() if key.startswith(f"actor/{name}/")} for step in steps]
+    if not on:
+        assert found == [{}] * len(steps)
+        return
+    for step in found:
+        assert step[f"actor/{name}/{activity}"] > 0, step
+        assert step[f"actor/{name}/loss"] != 0, step
+
+
+def check_weights_reached_the_engine(output, steps):
+    for step in steps:
         assert step["actor/grad_norm"] > 0
-        assert step["actor/policy/active_tokens"] > 0 and step["actor/policy/ratio"] == pytest.approx(1.0, abs=1e-4)
         # the engine samples with the weights of the trainer, although it began with others
         assert step["training/rollout_probs_diff_max"] < 1e-5
     moved = [
@@ -74,6 +54,90 @@ def test_three_steps_of_dr_grpo(tmp_path, ranks):
     assert {step for step, distance in moved if distance > 0} == {0, 1, 2, 3}
 
 
+def test_all_channels_in_one_update_on_two_ranks(tmp_path):
+    code, output, steps = channels(tmp_path, ranks=2)
+    assert code == 0, output[-6000:]
+    assert [step["training/global_step"] for step in steps] == [1, 2, 3]
+    check_weights_reached_the_engine(output, steps)
+    check_channel(steps, "sdpo", True, "active_tokens")
+    check_channel(steps, "replay_dpo", True, "pairs")
+    for step in steps:
+        assert step["actor/policy/active_tokens"] > 0 and step["actor/sdpo/hinted_turns"] > 0
+        # time and memory of the additional forward, and of the pairs' own work
+        assert step["actor/sdpo/teacher_seconds"] > 0 and step["actor/sdpo/teacher_tokens"] > 0
+        assert "actor/sdpo/teacher_peak_gb" in step
+        assert step["timing_s/sdpo_teacher"] > 0 and step["timing_s/replay_dpo_pairs"] > 0
+        assert step["actor/replay_dpo/pairs"] == 3
+    assert list((tmp_path / "rollouts").rglob("*.jsonl"))
+
+
+def test_three_steps_of_dr_grpo_on_the_stock_trainer(tmp_path):
+    code, output, steps = run(tmp_path, "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=2")
+    assert code == 0, output[-4000:]
+    assert [step["training/global_step"] for step in steps] == [1, 2, 3]
+    check_weights_reached_the_engine(output, steps)
+    for step in steps:
+        assert step["actor/policy/active_tokens"] > 0
+        assert step["actor/policy/ratio"] == pytest.approx(1.0, abs=1e-4)
+        assert not [name for name in step if "sdpo" in name or "replay_dpo" in name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("policy", "sdpo", "replay_dpo"),
+    [on for on in itertools.product([True, False], repeat=3) if any(on)],
+    ids=lambda on: "on" if on else "off",
+)
+def test_every_combination_of_channels(policy, sdpo, replay_dpo, tmp_path):
+    code, output, steps = channels(tmp_path, policy=policy, sdpo=sdpo, replay_dpo=replay_dpo)
+    assert code == 0, output[-6000:]
+    assert len(steps) == 3
+    check_weights_reached_the_engine(output, steps)
+    check_channel(steps, "sdpo", sdpo, "active_tokens")
+    check_channel(steps, "replay_dpo", replay_dpo, "pairs")
+    if policy:
+        assert all(step["actor/policy/active_tokens"] > 0 for step in steps)
+
+
+@pytest.mark.slow
+def test_all_channels_off_is_refused_or_moves_nothing(tmp_path):
+    code, output, steps = channels(tmp_path, policy=False, sdpo=False, replay_dpo=False)
+    if code:
+        assert "ConfigError" in output, output[-3000:]
+    else:
+        assert all(step["actor/grad_norm"] == 0 for step in steps)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("teacher", ["live", "ema", "reference"])
+def test_every_teacher(teacher, tmp_path):
+    code, output, steps = channels(tmp_path, f"composer.sdpo.teacher.kind={teacher}", replay_dpo=False, ranks=2)
+    assert code == 0, output[-6000:]
+    check_channel(steps, "sdpo", True, "active_tokens")
+
+
+@pytest.mark.slow
+def test_all_channels_with_dynamic_batches_and_mini_batches(tmp_path):
+    """Two optimizer steps per step of the trainer, micro-batches by tokens."""
+    actor, rollout = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+    code, output, steps = channels(
+        tmp_path, f"{actor}.ppo_mini_batch_size=2", f"{actor}.use_dynamic_bsz=true",
+        f"{actor}.ppo_max_token_len_per_gpu=160", f"{rollout}.log_prob_use_dynamic_bsz=true",
+        f"{rollout}.log_prob_max_token_len_per_gpu=160", ranks=2,
+    )  # fmt: skip
+    assert code == 0, output[-6000:]
+    check_channel(steps, "sdpo", True, "active_tokens")
+    check_channel(steps, "replay_dpo", True, "pairs")
+
+
+@pytest.mark.slow
+def test_the_policy_recipe_on_two_ranks(tmp_path):
+    code, output, steps = run(tmp_path, "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=2", ranks=2)
+    assert code == 0 and len(steps) == 3, output[-4000:]
+    check_weights_reached_the_engine(output, steps)
+
+
+@pytest.mark.slow
 def test_a_wrong_option_ends_the_run_on_the_driver(tmp_path):
     code, output, metrics = run(tmp_path, "+composer.policy.clip_hihg=0.3")
     assert code != 0 and metrics == []
@@ -81,6 +145,7 @@ def test_a_wrong_option_ends_the_run_on_the_driver(tmp_path):
     assert "Started a local Ray instance" not in output
 
 
+@pytest.mark.slow
 def test_without_plugins_the_name_is_unknown(tmp_path):
     code, output, metrics = run(tmp_path, VERL_USE_EXTERNAL_PLUGINS="none")
     assert code != 0 and metrics == []

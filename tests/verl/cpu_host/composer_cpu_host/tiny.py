@@ -55,3 +55,10 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **_)
     """Share of the answer's words that are a color: random answers differ in it, so groups have a spread."""
     words = solution_str.split()
     return sum(word in ("red", "green", "blue") for word in words) / max(len(words), 1)
+
+
+def compute_score_with_feedback(data_source, solution_str, ground_truth, extra_info=None, **_):
+    """`compute_score`, and in words what was wrong with an answer that is not all colors."""
+    score = compute_score(data_source, solution_str, ground_truth, extra_info)
+    said = "" if score == 1 else f"please say a color not the number two {ground_truth}"
+    return {"score": score, "feedback": said}

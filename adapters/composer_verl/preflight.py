@@ -1,0 +1,183 @@
+"""Everything that is wrong with the `composer` section of a verl run, found on the driver before Ray starts.
+
+`composer-rl validate` and `train` ask `check_config`; `ComposerTrainer` raises the same for runs that are started with
+`python -m verl.trainer.main_ppo`. A configuration that would train something else than it says does not train.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from composer_plugins.config import ComposerConfig
+from composer_plugins.errors import ComposerError, ConfigError
+from composer_verl.section import PREFIX, knows_channels, plain, refuse_channels
+
+#: verl's engines on which the channels were made to work; `composer_fsdp2` is ours (a moving average beside fsdp2).
+ENGINES = ("fsdp", "fsdp2", "composer_fsdp2")
+
+
+def check_config(config: Any) -> list[str]:
+    """Return what is wrong with the `composer` section of a run, as sentences with the fix; empty when it can start.
+
+    Args:
+        config: verl's whole configuration (DictConfig), whatever its `trainer_mode`.
+    """
+    from composer_verl.checks import check, section_of
+
+    try:
+        section = section_of(config)
+    except ConfigError as error:
+        return str(error).splitlines()
+    if not knows_channels(config.trainer.v1.trainer_mode):
+        return refuse_channels(section)
+    found = []
+    for look in (check, _objective, _engine, _hint_sources, _pairs):
+        try:
+            found += look(config, section) or []
+        except ComposerError as error:
+            found += str(error).splitlines()
+    return list(dict.fromkeys(found))
+
+
+def refuse_wrong(config: Any) -> None:
+    """Raise `ConfigError` with everything that `check_config` finds."""
+    found = check_config(config)
+    if found:
+        raise ConfigError("This configuration would not train what it says:\n" + "\n".join(found))
+
+
+def _objective(config: Any, section: ComposerConfig) -> list[str]:
+    """An objective that the section names must be the one that the policy loss trains."""
+    mode = str(config.actor_rollout_ref.actor.policy_loss.loss_mode)
+    named = (plain(config.get("composer", None) or {}).get("policy") or {}).get("objective", "host")
+    if section.policy.weight == 0 or named == "host" or mode == PREFIX + named:
+        return []
+    return [
+        f"composer.policy.objective is {named}, but actor_rollout_ref.actor.policy_loss.loss_mode={mode} trains another "
+        f"one: set loss_mode={PREFIX}{named}, or composer.policy.objective=host for verl's own loss modes."
+    ]
+
+
+def _engine(config: Any, section: ComposerConfig) -> list[str]:
+    """What the training engine must be for the channels in use."""
+    strategy = str(config.actor_rollout_ref.actor.strategy)
+    used = [name for name in ("sdpo", "replay_dpo") if getattr(section, name).weight > 0]
+    if not used or strategy in ENGINES:
+        return []
+    return [
+        f"actor_rollout_ref.actor.strategy={strategy}: {' and '.join(used)} were made for verl's FSDP engines and tried "
+        "on no other: set strategy=fsdp2 (model_engine=dp), or the weights to 0 (the policy objectives work on every "
+        "engine)."
+    ]
+
+
+def _hint_sources(config: Any, section: ComposerConfig) -> list[str]:
+    """At least one of the sources must be able to give a hint."""
+    if section.sdpo.weight == 0:
+        return []
+    if not section.sdpo.hint.sources:
+        return ["composer.sdpo.hint.sources is empty: no turn would have a self-teacher. Name at least one source."]
+    missing = {source: _no_source(source, config) for source in section.sdpo.hint.sources}
+    if None in missing.values():
+        return []
+    reasons = "; ".join(f"{source}: {why}" for source, why in missing.items())
+    return [f"composer.sdpo.weight is above 0, but no source of composer.sdpo.hint.sources can give a hint: {reasons}."]
+
+
+def _no_source(source: str, config: Any) -> str | None:
+    """Why a source cannot give a hint in this run, or None when it may."""
+    rollout = config.actor_rollout_ref.rollout
+    match source:
+        case "recorded":
+            columns = _columns(config)
+            if columns is None or "hint" in columns[0] | columns[1]:
+                return None
+            return "the training data has no column `hint`, nor `hint` inside `extra_info`"
+        case "rollout":
+            return _no_tool_turns(config)
+        case "feedback":
+            if config.reward.custom_reward_function.path or rollout.agent.agent_loop_config_path:
+                return None
+            return (
+                "verl's built-in rewards say nothing in words (set reward.custom_reward_function to one that returns "
+                "{'score': ..., 'feedback': text})"
+            )
+        case _:
+            return None if int(rollout.n) > 1 else "a group of one has no sibling (rollout.n above 1)"
+
+
+def _no_tool_turns(config: Any) -> str | None:
+    """Why no rollout can have a tool result: the agent loop that has none, for every row."""
+    agent = config.actor_rollout_ref.rollout.agent
+    if agent.default_agent_loop != "single_turn_agent" or agent.get("agent_loop_manager_class"):
+        return None
+    columns = _columns(config)
+    if columns is None or "agent_name" in columns[0]:
+        return None
+    return "rollouts have one turn (set rollout.agent.default_agent_loop=tool_agent and the tools)"
+
+
+def _columns(config: Any) -> tuple[set[str], set[str]] | None:
+    """Return the columns of the first training file and the fields of its `extra_info`; None: it cannot be read here."""
+    if config.data.custom_cls.path:
+        return None
+    files = config.data.train_files
+    first = Path(str(files if isinstance(files, str) else next(iter(files), ""))).expanduser()
+    if first.suffix != ".parquet" or not first.is_file():
+        return None
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        schema = pyarrow.parquet.read_schema(first)
+    except (OSError, pyarrow.ArrowException):
+        return None
+    inner: set[str] = set()
+    if "extra_info" in schema.names:
+        kind = schema.field("extra_info").type
+        inner = {kind.field(i).name for i in range(kind.num_fields)} if pyarrow.types.is_struct(kind) else set()
+    return set(schema.names), inner
+
+
+def _pairs(config: Any, section: ComposerConfig) -> list[str]:
+    """The pairs file, read as the run will read it where the model's tokenizer is on this machine."""
+    if section.replay_dpo.weight == 0:
+        return []
+    from composer_plugins.traces.schema import Pair
+    from composer_plugins.traces.store import read_manifest, read_stage
+    from composer_verl.pair_checks import refuse
+
+    path, found = Path(section.replay_dpo.pairs), []
+    try:
+        refuse(config)
+    except ComposerError as error:
+        found += str(error).splitlines()
+    if not path.exists():
+        return [*found, f"composer.replay_dpo.pairs: {path} does not exist: run `composer-rl pairs`."]
+    try:
+        if not read_manifest(path).written:
+            return [
+                *found,
+                f"composer.replay_dpo.pairs: {path} holds no pair: run `composer-rl pairs` on more replays.",
+            ]
+        next(read_stage(path, Pair))
+        tokenizer = None if found else _tokenizer(config)
+        if tokenizer is not None:
+            from composer_verl.pair_rows import PairRows
+
+            PairRows(section, config, tokenizer)
+    except ComposerError as error:
+        found.append(f"composer.replay_dpo.pairs: {error}")
+    return found
+
+
+def _tokenizer(config: Any) -> Any:
+    """The model's tokenizer when its folder is on this machine, else None: nothing is downloaded for a check."""
+    model = config.actor_rollout_ref.model
+    folder = Path(str(model.get("tokenizer_path", None) or model.path)).expanduser()
+    if not folder.is_dir():
+        return None
+    from verl.utils import hf_tokenizer
+
+    return hf_tokenizer(str(folder), trust_remote_code=model.get("trust_remote_code", False))

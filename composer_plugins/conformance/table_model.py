@@ -1,0 +1,92 @@
+"""The table of a problem as a causal language model of transformers, so that a host can run it like any other."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from composer_plugins.conformance.problem import HINT, Problem
+
+
+class TableConfig(PretrainedConfig):
+    """`vocab_size` is the side of the table."""
+
+    model_type = "composer_conformance_table"
+
+    def __init__(self, vocab_size: int = 8, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.vocab_size = self.hidden_size = vocab_size
+        self.num_hidden_layers = self.num_attention_heads = 1
+
+
+class TableBackbone(PreTrainedModel):
+    """Hidden states that are the logits: (B, L) ids to (B, L, V)."""
+
+    config_class, base_model_prefix = TableConfig, "model"
+
+    def __init__(self, config: TableConfig) -> None:
+        super().__init__(config)
+        self.table = nn.Embedding(config.vocab_size, config.vocab_size)
+        self.hinted = nn.Embedding(config.vocab_size, config.vocab_size)
+        self.calls: Counter[str] = Counter()
+        self.seen: list[torch.Tensor] = []
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.table
+
+    def forward(self, input_ids=None, attention_mask=None, **_) -> BaseModelOutputWithPast:
+        after_hint = (input_ids == HINT).cumsum(-1) > 0
+        self.calls["teacher" if bool(after_hint.any()) else "student"] += 1
+        if bool(after_hint.any()):
+            self.seen.append(input_ids.detach().clone())
+        hidden = self.table(input_ids) + self.hinted(input_ids) * after_hint[..., None]
+        return BaseModelOutputWithPast(last_hidden_state=hidden)
+
+
+class TableLM(PreTrainedModel, GenerationMixin):
+    """A causal LM whose logits after token i are row i of a table (plus row i of another one after a hint)."""
+
+    config_class, base_model_prefix = TableConfig, "model"
+
+    def __init__(self, config: TableConfig) -> None:
+        super().__init__(config)
+        self.model = TableBackbone(config)
+        self.lm_head = nn.Linear(config.vocab_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.model.table
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def forward(self, input_ids=None, attention_mask=None, logits_to_keep: int = 0, **kwargs) -> CausalLMOutputWithPast:
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask)[0]
+        kept = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
+        return CausalLMOutputWithPast(logits=self.lm_head(kept))
+
+
+def table_model(problem: Problem, dtype: torch.dtype = torch.float32) -> TableLM:
+    """Return the model of a problem; its head is the identity and is not trained."""
+    size = len(problem.table)
+    model = TableLM(TableConfig(vocab_size=size, tie_word_embeddings=False, pad_token_id=0, eos_token_id=0))
+    with torch.no_grad():
+        model.model.table.weight.copy_(torch.from_numpy(problem.table))
+        model.model.hinted.weight.copy_(torch.from_numpy(problem.hinted))
+        model.lm_head.weight.copy_(torch.eye(size))
+    model.lm_head.weight.requires_grad_(False)
+    return model.to(dtype)
+
+
+def token_logprobs(model: TableLM, previous, ids, *, temperature: float = 1.0, hinted: bool = False) -> torch.Tensor:
+    """Log-probabilities (T,) of `ids` after `previous`, with gradient: for hosts whose loss is given log-probs."""
+    before, after = torch.tensor(list(previous)), torch.tensor(list(ids))
+    logits = model.model.table(before)
+    if hinted:
+        logits = logits + model.model.hinted(before)
+    return torch.log_softmax(logits / temperature, -1).gather(-1, after[:, None])[:, 0]

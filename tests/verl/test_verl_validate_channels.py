@@ -1,0 +1,182 @@
+"""The full recipe's checks on the driver: what would train something else than it says does not start."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+if importlib.util.find_spec("verl") is None:
+    pytest.skip(
+        "verl is not installed: it needs an environment of its own (docs/how-to/verl.md)", allow_module_level=True
+    )
+
+from composer_verl.host import compose, problems
+from composer_verl.preflight import check_config
+
+from composer_plugins.errors import ComposerError, ConfigError, UnsupportedError
+from composer_plugins.traces.schema import Message, Pair, Provenance, SourceRef
+from composer_plugins.traces.store import Manifest, write_stage
+
+RECIPES = Path(__file__).parents[2] / "recipes" / "verl"
+POLICY, SDPO, REPLAY = (RECIPES / f"composer_{arm}.yaml" for arm in ("policy", "sdpo", "replay_dpo"))
+COMPOSER = "trainer.v1.trainer_mode=composer"
+
+
+def data(tmp_path, **columns):
+    """A training file of one row with further columns."""
+    import pandas as pd
+
+    row = {"prompt": [[{"role": "user", "content": "x"}]], "data_source": "d", "extra_info": [{"index": 0}], **columns}
+    path = tmp_path / "train.parquet"
+    pd.DataFrame(row).to_parquet(path)
+    return f"data.train_files={path}"
+
+
+def pairs(path, *, tokenizer=None, chosen="red"):
+    """A pairs file of one pair, with the fingerprint of a tokenizer that filtered it."""
+    pair = Pair(
+        id="p", state_id="s", messages=[Message(role="user", content="say a color")],
+        chosen=Message(role="assistant", content=chosen), rejected=Message(role="assistant", content="blue"),
+        provenance=Provenance(rule="agreement", chosen_by=["t"], rejected_by=["recorded"],
+                              source_ref=SourceRef(file="f", line=1)),
+    )  # fmt: skip
+    options = {} if tokenizer is None else {"tokenizer": tokenizer}
+    write_stage(path, [pair], Manifest(stage="pairs", record="Pair", written=0, options=options))
+    return f"composer.replay_dpo.pairs={path}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["+composer.sdpo.weihgt=1"], "Unknown key `composer.sdpo.weihgt`"),
+        (["composer.policy.objective=grpo", "actor_rollout_ref.actor.policy_loss.loss_mode=composer_dr_grpo"], "grpo"),
+        (["actor_rollout_ref.actor.policy_loss.loss_mode=vanilla"], "loss_mode=vanilla trains another one"),
+        (["+composer.sdpo.level=full"], "full"),
+        (["+composer.sdpo.alpha=0.5"], "alpha"),
+        (["composer.sdpo.teacher.kind=trust_region"], "trust_region"),
+        (["actor_rollout_ref.actor.shuffle=true"], "shuffle"),
+        (["composer.sdpo.hint.sources=[]"], "composer.sdpo.hint.sources is empty"),
+        (["actor_rollout_ref.actor.strategy=fsdp"], "ema"),
+        (
+            ["model_engine=megatron", "actor_rollout_ref.actor.strategy=megatron"],
+            "actor_rollout_ref.actor.strategy=megatron: sdpo",
+        ),
+        (["distillation.enabled=true"], "distillation"),
+        (["+composer.monitor.grad_norms_every=1"], "grad_norms_every"),
+    ],
+    ids=lambda x: str(x)[:60],
+)
+def test_what_the_self_distillation_arm_cannot_do_is_said(overrides, message):
+    found = check_config(compose(SDPO, overrides))
+    assert any(message in line for line in found), found
+
+
+def test_the_recipe_as_it_is_has_no_problem():
+    assert check_config(compose(SDPO)) == []
+
+
+@pytest.mark.parametrize(
+    ("sources", "columns", "overrides"),
+    [
+        ("recorded", {"hint": ["do x"]}, []),
+        ("recorded", {"extra_info": [{"index": 0, "hint": "do x"}]}, []),
+        ("rollout", {}, ["actor_rollout_ref.rollout.agent.default_agent_loop=tool_agent"]),
+        ("rollout", {"agent_name": ["tool_agent"]}, []),
+        ("feedback", {}, ["reward.custom_reward_function.path=reward.py"]),
+        ("sibling", {}, ["actor_rollout_ref.rollout.n=2"]),
+    ],
+)
+def test_a_hint_source_that_cannot_give_a_hint_is_a_problem(sources, columns, overrides, tmp_path):
+    bare = ["actor_rollout_ref.rollout.agent.default_agent_loop=single_turn_agent", "actor_rollout_ref.rollout.n=1",
+            "reward.custom_reward_function.path=null", f"composer.sdpo.hint.sources=[{sources}]"]  # fmt: skip
+    without = check_config(compose(SDPO, [*bare, data(tmp_path)]))
+    assert len(without) == 1 and f"can give a hint: {sources}: " in without[0]
+    assert check_config(compose(SDPO, [*bare, data(tmp_path, **columns), *overrides])) == []
+
+
+def test_one_source_that_can_is_enough_and_unreadable_data_is_no_problem(tmp_path):
+    both = "composer.sdpo.hint.sources=[recorded,rollout]"
+    assert check_config(compose(SDPO, [both, data(tmp_path)])) == []
+    recorded = "composer.sdpo.hint.sources=[recorded]"
+    assert check_config(compose(SDPO, [recorded, "data.train_files=/nowhere/train.parquet"])) == []
+    assert check_config(compose(SDPO, [recorded, data(tmp_path)])) != []
+
+
+@pytest.mark.parametrize("channel", ["sdpo", "replay_dpo"])
+def test_a_channel_on_verls_own_trainer_is_refused_everywhere(channel, tmp_path):
+    """In validate, and in the dataclass that main_ppo builds on the driver before Ray starts."""
+    from verl.utils.config import omega_conf_to_dataclass
+
+    overrides = [f"+composer.{channel}.weight=0.1", "+" + pairs(tmp_path / "pairs.jsonl")]
+    expected = f"composer.{channel}.weight is 0.1, but verl's own trainers do not know this channel"
+    assert any(expected in line for line in problems(POLICY, overrides))
+    stock = compose(POLICY, overrides).actor_rollout_ref.actor
+    with pytest.raises(Exception, match="do not know this channel"):
+        omega_conf_to_dataclass(stock)
+    allowed = compose(POLICY, [*overrides, COMPOSER]).actor_rollout_ref.actor
+    assert omega_conf_to_dataclass(allowed).policy_loss.composer[channel]["weight"] == 0.1
+
+
+def test_a_pairs_file_that_is_missing_broken_or_empty(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    override = pairs(path)
+    assert check_config(compose(REPLAY, [override])) == []
+    path.write_text(path.read_text()[:40])
+    assert "not a Pair record" in check_config(compose(REPLAY, [override]))[0]
+    write_stage(path, [], Manifest(stage="pairs", record="Pair", written=0))
+    assert "holds no pair" in check_config(compose(REPLAY, [override]))[0]
+    path.unlink()
+    assert "does not exist" in check_config(compose(REPLAY, [override]))[0]
+
+
+def test_pairs_filtered_with_another_tokenizer_are_refused_before_the_run(tmp_path, monkeypatch):
+    from composer_plugins.models.tokenizer import tokenizer_fingerprint
+
+    monkeypatch.syspath_prepend(Path(__file__).parent / "cpu_host")
+    spec = importlib.util.spec_from_file_location(
+        "tiny_model_of_validate", Path(__file__).parent / "cpu_host" / "composer_cpu_host" / "tiny.py"
+    )
+    tiny = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tiny)
+    from transformers import AutoTokenizer
+
+    model = tiny.write_model(tmp_path / "model")
+    sizes = [f"actor_rollout_ref.model.path={model}"]
+    own = {"model": "tiny", "sha256": tokenizer_fingerprint(AutoTokenizer.from_pretrained(model), template=False)}
+    assert check_config(compose(REPLAY, [*sizes, pairs(tmp_path / "own.jsonl", tokenizer=own)])) == []
+    other = pairs(tmp_path / "other.jsonl", tokenizer={"model": "another", "sha256": "0" * 64})
+    assert "tokenizer" in check_config(compose(REPLAY, [*sizes, other]))[0]
+    same = pairs(tmp_path / "same.jsonl", chosen="blue")
+    assert "no pair of" in check_config(compose(REPLAY, [*sizes, same]))[0]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "message"),
+    [
+        (SDPO, ["+composer.sdpo.weihgt=1"], "Unknown key `composer.sdpo.weihgt`"),
+        (SDPO, ["actor_rollout_ref.actor.shuffle=true"], "shuffle"),
+        (SDPO, ["composer.sdpo.hint.sources=[sibling]", "actor_rollout_ref.rollout.n=1"], "can give a hint"),
+        (REPLAY, [], "pairs.jsonl does not exist"),
+    ],
+)
+def test_the_trainer_itself_refuses_for_those_who_start_main_ppo(recipe, overrides, message):
+    """Without `composer-rl`: the trainer's constructor raises before verl builds anything."""
+    import verl.trainer.ppo.v1  # noqa: F401
+    from verl.trainer.ppo.v1.trainer_base import get_trainer_cls
+
+    with pytest.raises(ComposerError, match=message) as raised:
+        get_trainer_cls("composer")(compose(recipe, overrides))
+    assert isinstance(raised.value, ConfigError | UnsupportedError)
+
+
+def test_a_trainer_that_is_not_registered_is_an_error_and_no_vanilla_run(monkeypatch):
+    """A plugin that failed to load, or was kept out: verl itself would only say that it does not know the name."""
+    import verl.trainer.ppo.v1  # noqa: F401
+    from verl.trainer.ppo.v1 import trainer_base
+
+    monkeypatch.setattr(
+        trainer_base, "TRAINER_REGISTRY", {k: v for k, v in trainer_base.TRAINER_REGISTRY.items() if k != "composer"}
+    )
+    monkeypatch.setenv("VERL_USE_EXTERNAL_PLUGINS", "none")
+    found = problems(SDPO, [])
+    assert any("verl has no 'composer'; VERL_USE_EXTERNAL_PLUGINS=none keeps ours out" in line for line in found), found
