@@ -21,7 +21,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 # Huge pages for torch's CPU tensors: without them a step on a small machine spends half its time in page faults.
 export THP_MEM_ALLOC_ENABLE = 1
 
-.PHONY: help setup model quickstart test test-torchft test-verl test-verl-slow test-prime-rl test-slow lint clean
+.PHONY: help setup model quickstart test test-torchft test-verl test-verl-slow test-prime-rl test-mutants test-slow lint clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -83,6 +83,9 @@ test-prime-rl: ## The prime-rl adapter against a source tree: make test-prime-rl
 	@$(MAKE) --no-print-directory $(PRIME_VENV)/.installed
 	PRIME_RL="$(PRIME_RL)" COMPOSER_REQUIRE_PRIME_RL=1 OMP_NUM_THREADS=1 $(PRIME_VENV)/bin/python -m pytest tests/prime_rl -m "not slow and not gpu"
 	OMP_NUM_THREADS=1 $(PRIME_VENV)/bin/python tests/prime_rl/own_suite.py "$(PRIME_RL)"
+
+test-mutants: setup ## Planted defects in the shipped source, each caught by the conformance contract that names it (5 minutes at most)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/conformance/test_conformance_mutants.py
 
 test-slow: model ## The long checks
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu"

@@ -35,12 +35,12 @@ def conformance(
     console = Console(highlight=False)
     found = run(target, select=select, timeout=timeout)
     if not found.report or not found.report["results"]:
-        console.print(found.output[-4000:], markup=False)
+        console.print(found.output[-4000:], markup=False, soft_wrap=True)
         raise ConfigError(f"No contract of {target!r} could be run; pytest's output is above.")
     _print(console, found.report)
     if report is not None:
         _write(report, found.report, target)
-        console.print(f"Written: {report}", markup=False)
+        console.print(f"Written: {report}", markup=False, soft_wrap=True)
     if not found.held:
         console.print("Not conformant." if found.report["counts"].get("failed") else "No contract held.")
         raise typer.Exit(1)

@@ -49,7 +49,7 @@ def resolve_target(target: str) -> str:
         return str(path.absolute()) + target[len(str(path)) :]
     try:
         return _file_of(target)
-    except ModuleNotFoundError as error:
+    except (ImportError, ValueError) as error:
         raise ConfigError(f"Expected a host ({names}), a test file or a module, found {target!r}: {error}.") from error
 
 

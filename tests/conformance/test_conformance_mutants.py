@@ -18,6 +18,8 @@ import pytest
 
 pytest.importorskip("trl")
 
+pytestmark = pytest.mark.slow  # two to four minutes; `make test-mutants`, which the gate runs too
+
 ROOT = Path(__file__).parents[2]
 CORE, TRL = "composer_plugins", "composer_trl"
 
@@ -66,8 +68,9 @@ MUTANTS = [
         "counts = counts * self.accelerator.num_processes", "test_two_ranks_change_nothing",
     ),
     Mutant(
-        "masked only afterwards", f"{CORE}/losses/policy.py", "old_logprobs = safe(old_logprobs.detach(), mask)",
-        "old_logprobs = old_logprobs.detach()", "test_garbage_under_the_mask_reaches_nothing[nan]",
+        "masked only afterwards", f"{CORE}/losses/policy.py",
+        "    logprobs = safe(logprobs, mask)\n    old_logprobs = safe(old_logprobs.detach(), mask)",
+        "    old_logprobs = old_logprobs.detach()", "test_garbage_under_the_mask_reaches_nothing[nan]",
     ),
     Mutant(
         "the KL runs the other way", f"{CORE}/losses/divergence.py", "elif alpha == 1.0:", "elif alpha == 2.0:",
@@ -154,7 +157,7 @@ def conformance(folder: Path, contract: str) -> dict[str, str]:
             "--conformance-json", str(report), f"{folder / TRL / 'conformance.py'}::TestTRL::{name}",
         ],
         env={**os.environ, "PYTHONPATH": str(folder), "PYTEST_ADDOPTS": "", "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=300,
+        cwd=folder, capture_output=True, text=True, timeout=300,  # `-m` puts the working directory first
     )  # fmt: skip
     assert report.exists(), done.stdout + done.stderr
     results = json.loads(report.read_text())["results"]

@@ -36,14 +36,10 @@ def test_a_sum_over_thousands_of_tokens_keeps_its_digits():
     assert abs(found - float(exact)) / abs(float(exact)) < 1e-14
 
 
-@pytest.mark.parametrize("margin", [-800.0, -40.0, -1e-9, 0.0, 1e-9, 40.0, 700.0])
+@pytest.mark.parametrize("margin", [-700.0, -40.0, -1e-9, 0.0, 1e-9, 40.0, 700.0])
 def test_the_dpo_loss_of_any_margin(margin):
-    one = np.ones((1, 1), dtype=bool)
-    values, margins = (
-        oracle.dpo(np.array([[margin]]), one, np.zeros((1, 1)), np.zeros((1, 1)), one, np.zeros((1, 1)), beta=1.0)
-        if margin > -700
-        else (np.array([-margin]), np.array([margin]))
-    )
+    one, zero = np.ones((1, 1), dtype=bool), np.zeros((1, 1))
+    values, margins = oracle.dpo(np.array([[margin]]), one, zero, zero, one, zero, beta=1.0)
     exact = mpmath.log(1 + mpmath.exp(-mpmath.mpf(margin)))
     assert margins[0] == margin and float(values[0]) == pytest.approx(float(exact), rel=1e-12)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -43,7 +44,7 @@ def run(tmp_path, body: str, after: str = "") -> tuple[subprocess.CompletedProce
         [
             sys.executable, "-m", "composer_plugins.cli", "conformance", str(suite), "--report", str(report),
         ],
-        capture_output=True, text=True, timeout=300, cwd=tmp_path,
+        capture_output=True, text=True, timeout=300, cwd=tmp_path, env=os.environ | {"COLUMNS": "200"},
     )  # fmt: skip
     return done, json.loads(report.read_text()) if report.exists() else None
 
@@ -118,7 +119,7 @@ def test_a_replaced_contract_is_refused_at_once():
 def test_a_target_that_is_not_there_is_a_clear_error(target, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "composer_plugins.cli", "conformance", target],
-        capture_output=True, text=True, timeout=300, cwd=tmp_path,
+        capture_output=True, text=True, timeout=300, cwd=tmp_path, env=os.environ | {"COLUMNS": "200"},
     )  # fmt: skip
     assert done.returncode == 2 and "Expected a host" in done.stderr and "Traceback" not in done.stderr
 
@@ -126,6 +127,6 @@ def test_a_target_that_is_not_there_is_a_clear_error(target, tmp_path):
 def test_a_report_of_another_kind_is_refused(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "composer_plugins.cli", "conformance", "trl", "--report", "x.pdf"],
-        capture_output=True, text=True, timeout=300, cwd=tmp_path,
+        capture_output=True, text=True, timeout=300, cwd=tmp_path, env=os.environ | {"COLUMNS": "200"},
     )  # fmt: skip
     assert done.returncode == 2 and ".json or .html" in done.stderr
