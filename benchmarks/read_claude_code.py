@@ -1,12 +1,14 @@
 """How fast Claude Code logs are read, and in how much memory, beside PyPI `agentpile` in the same run.
 
-    python benchmarks/read_claude_code.py [--mb 100] [--folder DIR]
+    python benchmarks/read_claude_code.py [--mb 100] [--repeat 3] [--folder DIR]
 
 Without --folder the corpus is made from the sample session and the test logs, copied with fresh ids until it
 has the wanted size (image data included, as in real logs). Each reader runs in a process of its own on one
-core. MB = 10^6 bytes. `ingest` is the whole stage: reading, finding copies, scrubbing, hashing, writing. `decoding
-alone` is the floor: the parser (msgspec, typed, so that unused fields are skipped) and nothing else; `without
-classifying` leaves out how each result ended, which agentpile does not say.
+core, `--repeat` times in turns with the others, and the best time counts. MB = 10^6 bytes. `ingest` is the whole stage:
+reading, finding copies, hashing, writing, and with `scrub` the removal of secrets. `decoding alone` is the floor: the
+parser (msgspec, typed, so that unused fields are skipped) and nothing else; `without classifying` leaves out how each
+result ended, which agentpile does not say. The corpus repeats its texts, so nothing here may be remembered from file
+to file but by the scrubber, whose figure is therefore that of `benchmarks/scrub.py`.
 """
 
 from __future__ import annotations
@@ -63,12 +65,12 @@ def read_unclassified(folder: Path) -> int:
 
 def decode_only(folder: Path) -> int:
     """Decode every line and build nothing; return 0 steps."""
-    from composer_plugins.traces.claude_code_records import decode_line
-    from composer_plugins.traces.lines import iter_lines
+    from composer_plugins.traces.claude_code_records import decode_batch
+    from composer_plugins.traces.lines import iter_batches
 
     for path in sorted(folder.rglob("*.jsonl")):
-        for _, raw in iter_lines(path):
-            decode_line(raw)
+        for _, lines in iter_batches(path):
+            decode_batch(lines)
     return 0
 
 
@@ -78,6 +80,15 @@ def read_ingest(folder: Path) -> int:
 
     with tempfile.TemporaryDirectory() as scratch:
         return ingest([folder], Path(scratch) / "traces.jsonl").steps
+
+
+def load(name: str) -> None:
+    """Import what a reader needs, so that the start of a program is not measured."""
+    if name == "agentpile":
+        import agentpile  # noqa: F401
+    else:
+        import composer_plugins.traces.claude_code
+        import composer_plugins.traces.ingest  # noqa: F401
 
 
 def read_agentpile(folder: Path) -> int:
@@ -103,6 +114,7 @@ READERS = {
 def worker(name: str, folder: Path) -> None:
     """Measure one reader in this process and print the numbers as JSON."""
     size = sum(path.stat().st_size for path in folder.rglob("*.jsonl"))
+    load(name)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start, cpu = time.perf_counter(), time.process_time()
     steps = READERS[name](folder)
@@ -128,6 +140,7 @@ def main() -> None:
     """Print one line per reader and the ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mb", type=int, default=100)
+    parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--worker", choices=READERS)
     arguments = parser.parse_args()
@@ -138,19 +151,19 @@ def main() -> None:
         folder = arguments.folder or Path(scratch)
         if arguments.folder is None:
             make_corpus(folder, arguments.mb)
-        found = {}
-        for name in READERS:
-            numbers = found[name] = measure(name, folder)
-            if numbers is None:
-                print(f"{name}: not installed")
-                continue
+        found: dict[str, dict] = {}
+        for name in list(READERS) * arguments.repeat:
+            numbers = measure(name, folder)
+            if numbers is not None and numbers["cpu"] < found.get(name, numbers | {"cpu": float("inf")})["cpu"]:
+                found[name] = numbers
+        for name, numbers in found.items():
             print(
                 f"{name}: {numbers['mb']:.0f} MB in {numbers['seconds']:.2f} s = "
                 f"{numbers['mb'] / numbers['seconds']:.1f} MB/s ({numbers['mb'] / numbers['cpu']:.1f} MB per CPU second), "
                 f"peak {numbers['peak_mb']:.0f} MB, {numbers['steps']} steps",
                 flush=True,
             )
-        if peer := found.pop("agentpile"):
+        if peer := found.pop("agentpile", None):
             for name, numbers in found.items():
                 cpu, wall = peer["cpu"] / numbers["cpu"], peer["seconds"] / numbers["seconds"]
                 print(f"{name}: {cpu:.1f} times as fast as agentpile by CPU time, {wall:.1f} by the clock")

@@ -1,6 +1,6 @@
 """What the verl adapter costs with channels 2 and 3 off: its loss and advantage functions, and whole steps, beside verl's.
 
-    python benchmarks/verl_step.py                       # both parts, with a tiny model: about six minutes on 2 cores
+    python benchmarks/verl_step.py                       # both parts, with a tiny model: about seven minutes on 2 cores
     python benchmarks/verl_step.py --part functions      # seconds
 
 `functions`: verl's vanilla loss and ours (forward and backward) and verl's GRPO advantage and ours on the same fixed
@@ -170,7 +170,7 @@ def whole_steps(options: argparse.Namespace) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("functions", "steps", "both"), default="both")
-    parser.add_argument("--steps", type=int, default=12, help="steps per run; the first of each is a warm-up")
+    parser.add_argument("--steps", type=int, default=16, help="steps per run; the first of each is a warm-up")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--micro", type=int, default=4, help="rows per micro-batch")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))

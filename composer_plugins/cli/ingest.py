@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,8 @@ import typer
 
 #: So many files get a row of their own in the printed table; the manifest has them all.
 _ROWS = 100
+#: Bytes that are read in about the time that a process takes to start.
+_A_PROCESS = 16_000_000
 #: So many damaged places, and files that were not read, are printed.
 _LISTED = 20
 
@@ -25,6 +28,12 @@ def ingest(
     scrub_rules: Annotated[
         Path | None, typer.Option("--scrub-rules", help="TOML or YAML file: your own rules, and values to leave alone.")
     ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            "--jobs", "-j", min=1, help="Processes that read files. Default: one a core, 1 for few megabytes."
+        ),
+    ] = None,
 ) -> None:
     """Read agent logs into one traces file.
 
@@ -35,6 +44,8 @@ def ingest(
 
     Secrets and personal data are replaced by stable placeholders before anything is written (docs/reference/scrubbing.md);
     `--no-scrub` keeps them, and `replay` then refuses the data.
+
+    A folder is read by several processes, one file each at a time. What is written does not depend on their number.
 
     Examples:
 
@@ -52,7 +63,8 @@ def ingest(
     from composer_plugins.traces.ingest import ingest as run
 
     scrubber = make_scrubber(scrub_rules) if scrub else None
-    total = sum(path.stat().st_size for path, _ in find_logs(logs))
+    found = find_logs(logs)
+    total = sum(path.stat().st_size for path, _ in found)
     columns = (TextColumn("ingest: {task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=total)
@@ -61,11 +73,17 @@ def ingest(
             output,
             progress=lambda path, size: bar.update(task, advance=size, description=_plain(path.name)),
             allow_damaged=allow_damaged,
-            prepare=scrubber and scrubber.scrub_trace,
-            seal=scrubber and scrubber.scrub_manifest,
+            scrubber=scrubber,
+            jobs=_jobs(len(found), total) if jobs is None else min(jobs, len(found)),
         )
     print_scrubbed(scrubber)
     _print(report, output)
+
+
+def _jobs(files: int, size: int) -> int:
+    """A process a usable core, but none without a file, or for a few megabytes that are read before it has started."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(usable, files, size // _A_PROCESS))
 
 
 def _print(report, output: Path) -> None:

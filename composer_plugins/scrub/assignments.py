@@ -286,7 +286,7 @@ def named_value(name: str, value: str) -> str | None:
 
     For call arguments and other objects, in which name and value are not one text.
     """
-    places = _name_places(name)
+    places = name_places(name)
     if not places or "\n" in value.strip() or len(value) > 4096:
         return None
     quoted = value.replace("\\", "\\\\").replace('"', '\\"')
@@ -298,7 +298,7 @@ def named_value(name: str, value: str) -> str | None:
 
 
 @functools.lru_cache(4096)
-def _name_places(name: str) -> tuple[tuple[int, int, str], ...]:
+def name_places(name: str) -> tuple[tuple[int, int, str], ...]:
     """Where in a field's name it says that it is a secret's: (start, end, kind)."""
     places, low = [], name.lower()
     for anchor, (pattern, kind) in _NAMES.items():

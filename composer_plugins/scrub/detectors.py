@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import pkgutil
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,38 +21,49 @@ from composer_plugins.scrub.spans import Span
 #: Addresses are no secrets; of a private key that plugin knows only the first line; the basis of the others.
 SKIPPED = {"IPPublicDetector", "PrivateKeyDetector", "RegexBasedDetector"}
 
-#: What every match has in it, in lower case, and whether inside one word (`tokens.vocabulary`) or across words
-#: (`tests/scrub` checks it). A plugin that is not listed sees every line.
+#: Kinds of long words that some rules need, and how many letters, digits, `_`, `.` and `-` they have.
+LONG_WORD, DOTTED = "(long word)", "(long word with two dots)"
+LENGTHS = {LONG_WORD: 34, DOTTED: 57}
+#: Texts of which every match has one in it, in lower case (with a space between them, or a kind of long word), and a
+#: pattern that holds near every match (`tests/scrub` checks both). A plugin that is not listed sees every line.
+_CLOUDANT = map("".join, itertools.product(["cl", "clou"], ["", "_", "-"], ["", "api"], ["key", "pw", "pass", "token"]))
 GATES: dict[str, tuple[str, str]] = {
-    "ArtifactoryDetector": ("word", "a(?:kc[a-z0-9]{10}|p[0-9a-f][a-z0-9]{8})"),
-    "AWSKeyDetector": ("word", "a(?:(?:3t.|bia|cca|kia|sia)[0-9a-z]{16}|ws)"),
-    "AzureStorageKeyDetector": ("word", "accountkey"),
-    "BasicAuthDetector": ("text", "://"),
-    "CloudantDetector": ("word", "cl(?:ou(?:dant)?)?[_-]?(?:api)?(?:key|pw|pass|token)|cloudant"),
-    "DiscordBotTokenDetector": ("word", "[.]"),
-    "GitHubTokenDetector": ("word", "gh[pousr]_"),
-    "GitLabTokenDetector": ("word", "g(?:l(?:pat|dt|ft|soat|rt|cbt|imt|ptt|agent|oas)-|r1348941)"),
-    "IbmCloudIamDetector": ("word", "key|pwd|pass|token"),
-    "IbmCosHmacDetector": ("word", "secret"),
-    "JwtTokenDetector": ("word", "eyj"),
-    "MailchimpDetector": ("word", "-us[0-9]"),
-    "NpmDetector": ("word", "_authtoken"),
-    "OpenAIDetector": ("word", "t3blbkfj"),
-    "PypiTokenDetector": ("word", "pypi-ag"),
-    "SendGridDetector": ("word", "sg[.][a-z0-9_-]{22}[.]"),
-    "SlackDetector": ("word", "(?:xox|hooks[.]slack)"),
-    "SoftlayerDetector": ("word", "s(?:oftlayer|l[_-]{0,2}(?:api|key|pwd|pass|token))"),
-    "SquareOAuthDetector": ("word", "sq0csp-"),
-    "StripeDetector": ("word", "k_live_"),
-    "TelegramBotTokenDetector": ("text", ":[0-9a-z_-]{35}"),
-    "TwilioKeyDetector": ("word", "[as][ck][a-z0-9]{32}"),
+    "ArtifactoryDetector": (" ".join(["akc", *(f"ap{c}" for c in "0123456789abcdef")]), "a(?:kc[a-z0-9]{10}|p[0-9a-f][a-z0-9]{8})"),
+    "AWSKeyDetector": ("a3t abia acca akia asia aws", "a(?:(?:3t.|bia|cca|kia|sia)[0-9a-z]{16}|ws)"),
+    "AzureStorageKeyDetector": ("accountkey", "accountkey"),
+    "BasicAuthDetector": ("://", "://"),
+    "CloudantDetector": (" ".join(["cloudant", *_CLOUDANT]), "cl(?:ou(?:dant)?)?[_-]?(?:api)?(?:key|pw|pass|token)|cloudant"),
+    "DiscordBotTokenDetector": (DOTTED, "[.]"),
+    "GitHubTokenDetector": ("ghp_ gho_ ghu_ ghs_ ghr_", "gh[pousr]_"),
+    "GitLabTokenDetector": (
+        "glpat- gldt- glft- glsoat- glrt- glcbt- glimt- glptt- glagent- gloas- gr1348941",
+        "g(?:l(?:pat|dt|ft|soat|rt|cbt|imt|ptt|agent|oas)-|r1348941)",
+    ),
+    "IbmCloudIamDetector": ("key pwd pass token", "key|pwd|pass|token"),
+    "IbmCosHmacDetector": ("secret", "secret"),
+    "JwtTokenDetector": ("eyj", "eyj"),
+    "MailchimpDetector": (" ".join(f"-us{c}" for c in "0123456789"), "-us[0-9]"),
+    "NpmDetector": ("_authtoken", "_authtoken"),
+    "OpenAIDetector": ("t3blbkfj", "t3blbkfj"),
+    "PypiTokenDetector": ("pypi-ag", "pypi-ag"),
+    "SendGridDetector": ("sg.", "sg[.][a-z0-9_-]{22}[.]"),
+    "SlackDetector": ("xox hooks.slack", "(?:xox|hooks[.]slack)"),
+    "SoftlayerDetector": (
+        "softlayer slapi slkey slpwd slpass sltoken sl_ sl-", "s(?:oftlayer|l[_-]{0,2}(?:api|key|pwd|pass|token))"
+    ),
+    "SquareOAuthDetector": ("sq0csp-", "sq0csp-"),
+    "StripeDetector": ("k_live_", "k_live_"),
+    "TelegramBotTokenDetector": (LONG_WORD, ":[0-9a-z_-]{35}"),
+    "TwilioKeyDetector": (LONG_WORD, "[as][ck][a-z0-9]{32}"),
 }  # fmt: skip
 #: Every match has a run of letters, digits, _ and - that is at least this long.
 LONGEST = {
-    "ArtifactoryDetector": 11, "AWSKeyDetector": 20, "AzureStorageKeyDetector": 10, "CloudantDetector": 24, "DiscordBotTokenDetector": 27,
+    "ArtifactoryDetector": 11, "AzureStorageKeyDetector": 10, "CloudantDetector": 24, "DiscordBotTokenDetector": 27,
     "GitHubTokenDetector": 40, "GitLabTokenDetector": 24, "IbmCloudIamDetector": 44, "IbmCosHmacDetector": 48, "JwtTokenDetector": 4,
     "MailchimpDetector": 36, "OpenAIDetector": 48, "PypiTokenDetector": 80, "SendGridDetector": 43, "SoftlayerDetector": 64, "StripeDetector": 32, "TelegramBotTokenDetector": 35, "TwilioKeyDetector": 34,
 }  # fmt: skip
+#: The pattern holds inside the long word itself.
+IN_WORD = {"TwilioKeyDetector", "GitHubTokenDetector", "PypiTokenDetector", "SendGridDetector"}
 _WIDE = 2000
 #: Words that are this long are rare in texts without secrets; up to `_FEW` of them are looked up one by one.
 LONG, _FEW = 20, 40
@@ -64,28 +76,23 @@ class Detector:
     kind: str
     plugin: Any
     longest: int = 0
-    where: str = "text"
+    literals: frozenset[str] = frozenset()
     gate: re.Pattern | None = None
-    raw_gate: re.Pattern | None = None
+    in_word: bool = False
 
-    def may_be_in(self, gate: Any, longest: int) -> bool:
-        """True when texts can have a match, by their words (`gate.low_words`, `gate.raw`) and the longest one."""
-        if self.longest > longest:
-            return False
-        return (
-            self.raw_gate is None
-            or self.raw_gate.search(gate.low_words if self.where == "word" else gate.raw) is not None
-        )
-
-    def spans(self, text: str, low: str, words: Iterable[str] = ()) -> Iterator[Span]:
+    def spans(self, text: str, low: str, words: list[str] | None = None) -> Iterator[Span]:
         """Yield what the plugin finds, line by line as it is meant to be used (long lines in windows).
 
         Args:
             text: the text; low: the same in lower case, of the same length.
             words: the long words of the text (`LONG`): where only they can make a match, only their lines are read.
         """
-        long = [word for word in words if len(word) >= self.longest]
-        few = self.longest >= LONG and 0 < len(long) <= _FEW
+        long = [] if words is None or self.longest < LONG else [word for word in words if len(word) >= self.longest]
+        if words is not None and self.longest >= LONG and not long:
+            return
+        few = 0 < len(long) <= _FEW
+        if few and self.in_word:
+            long = [word for word in long if self.gate.search(word.lower())]
         for start, end in self._lines_of(text, long) if few else self._windows(low):
             line = text[start:end]
             if few or longest_word(line) >= self.longest:
@@ -95,13 +102,13 @@ class Detector:
     def _lines_of(self, text: str, words: list[str]) -> Iterator[tuple[int, int]]:
         seen = set()
         for word in words:
-            done = -1
-            for place in re.finditer(re.escape(word), text):
-                window = _line_at(text, place.start()) if place.start() >= done else None
-                if window is not None and window not in seen:
+            place = text.find(word)
+            while place >= 0:
+                window = _line_at(text, place)
+                if window not in seen:
                     seen.add(window)
-                    done = window[1]
                     yield window
+                place = text.find(word, max(window[1], place + len(word)))
 
     def _found(self, line: str) -> Iterator[tuple[int, int]]:
         values: set[str] | None = None
@@ -156,13 +163,11 @@ def detectors() -> tuple[Detector, ...]:
             regex = isinstance(cls, type) and issubclass(cls, RegexBasedDetector)
             if regex and name not in SKIPPED:
                 kind = re.sub(r"[^a-z0-9]+", "_", cls.secret_type.lower()).strip("_")
-                where, gate = GATES.get(name, ("text", None))
-                patterns = (
-                    (re.compile(gate), re.compile(gate.encode(), re.I if where == "text" else 0))
-                    if gate
-                    else (None, None)
+                literals, gate = GATES.get(name, ("", None))
+                signs = frozenset([literals] if literals in LENGTHS else literals.split())
+                found[name] = Detector(
+                    kind, cls(), LONGEST.get(name, 0), signs, gate and re.compile(gate), name in IN_WORD
                 )
-                found[name] = Detector(kind, cls(), LONGEST.get(name, 0), where, *patterns)
     return tuple(found[name] for name in sorted(found))
 
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from composer_plugins.scrub.placeholders import PSEUDONYM, Pseudonyms, canonical_user
 
 _LETTER = "A-Za-z0-9\u00c0-\u024f"
+#: One of them is in every address.
+AT_SIGNS = ("@", "%40", "u0040", "&#64;")
 _AT = re.compile(r"@|%40|\\u0040|&#64;")
 _LOCAL = re.compile(rf"[{_LETTER}_](?:[{_LETTER}._%+'-]{{0,62}}[{_LETTER}_+-])?$")
 _DOMAIN = re.compile(
@@ -73,7 +75,9 @@ _HOME = re.compile(
 )
 _PLAIN_HOME = re.compile(rf"(?P<lead>(?:Users|home){_SEP})(?P<name>{_NAME})(?P<more>(?: [\w.-]{{1,30}}){{1,2}}(?=\\))?")
 _FOLDER = re.compile(r"(?P<lead>(?<![\w])(?:-mnt-[a-z]|[A-Za-z]-)?-(?:Users|home)-)(?P<name>[A-Za-z0-9_.]{1,64})")
-_HOME_WORDS = ("Users", "home", "users", "USERS", "Documents and Settings")
+#: What is in every home folder: a sign in lower case, and the words to look for where it was found.
+HOME_SIGNS = {"users": ("Users", "users", "USERS"), "home": ("home",), "documents": ("Documents and Settings",)}
+HOME_WORDS = tuple(word for words in HOME_SIGNS.values() for word in words)
 #: Not a person: shared folders, and what documentation writes for a name.
 NOT_A_NAME = {"shared", "public", "default", "all", "linuxbrew", "user", "username", "users", "you", "me", "yourname", "your-username", "your_username", "your-name", "name", "xxx"}  # fmt: skip
 
@@ -84,6 +88,7 @@ def scrub_homes(
     known: Iterable[str],
     found: Callable[[str, str, str], None],
     keep: Callable[[str], bool],
+    words: Iterable[str] = HOME_WORDS,
 ) -> str:
     """Replace the user's name in home folders; the rest of the path stays.
 
@@ -91,6 +96,7 @@ def scrub_homes(
         known: names found before in canonical form; needed to tell where a name with a dash ends in the folder
             names of Claude Code (`-Users-jane-doe-project`).
         found: called with (kind, name, replacement).
+        words: those of `HOME_WORDS` that the text may have.
     """
 
     def plain(match: re.Match) -> str:
@@ -115,7 +121,7 @@ def scrub_homes(
         return match["lead"] + new, start + len(name)
 
     out, end = [], 0
-    for match in _homes(text):
+    for match in _homes(text, words):
         out += [text[end : match.start()], plain(match)]
         end = match.end()
     text = "".join([*out, text[end:]])
@@ -141,9 +147,9 @@ def home_names(text: str) -> set[str]:
     return {canonical_user(name) for name in names if not is_nobody(name)}
 
 
-def _homes(text: str) -> Iterator[re.Match]:
+def _homes(text: str, words: Iterable[str] = HOME_WORDS) -> Iterator[re.Match]:
     """The home folders of a text, in order: the slow pattern runs only around the words that are in all of them."""
-    places = sorted({at for word in _HOME_WORDS for at in _all(text, word)})
+    places = sorted({at for word in words for at in _all(text, word)})
     done = 0
     for at in places:
         if at < done:

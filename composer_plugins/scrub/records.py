@@ -6,7 +6,8 @@ Scrubbed: message contents, thinking, call arguments (keys and values), results,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
+from operator import attrgetter, is_
 from typing import Any
 
 import msgspec
@@ -43,85 +44,124 @@ Change = Callable[[str, str, str | None], str]
 Enter = Callable[[Any], None]
 
 
-def change(record: Any, to: Change, enter: Enter) -> Any:
-    """Return `record` with every text replaced by `to`; parts without a change are shared with the original."""
-    enter(record)
-    changed = {}
-    for name, how in FIELDS[type(record)].items():
-        value = getattr(record, name)
-        if value is None or value == "":
-            continue
-        if how == "records":
-            new = _each(value, lambda item: change(item, to, enter))
-        elif how == "record":
-            new = change(value, to, enter)
-        elif how == "json":
-            new = change_json(value, to)
-        else:
-            new = _replaced(value, to, how, None)
-        if new is not value:
-            changed[name] = new
-    return msgspec.structs.replace(record, **changed) if changed else record
+def _getter(names: Iterable[str]) -> Callable[[Any], tuple]:
+    first, *rest = names
+    get = attrgetter(first, *rest)
+    return get if rest else lambda record: (get(record),)
 
 
-def _replaced(text: str, to: Change, how: str, name: str | None) -> str:
-    """The replacement; the text itself when nothing changed, so that unchanged parts are shared and counted so."""
-    new = to(text, how, name)
-    return text if new == text else new
+#: By record: [(field, how)], and what reads all the fields at once.
+_PLANS = {record: (list(fields.items()), _getter(fields)) for record, fields in FIELDS.items()}
 
 
-def _each(items: list, function: Callable[[Any], Any]) -> list:
-    new = [function(item) for item in items]
-    return items if all(a is b for a, b in zip(items, new, strict=True)) else new
+class Walk:
+    """One walk over a record: every text is replaced by `to`; parts without a change are shared with the original.
 
+    Args:
+        to: asked once for a text, and for every value that has a name which `tells`.
+        tells: True for names of fields whose value `to` must see together with its name.
+    """
 
-def change_json(value: Any, to: Change, name: str | None = None) -> Any:
-    """Return a JSON value with its strings and its keys replaced; two keys never become one."""
-    if isinstance(value, str):
-        return _replaced(value, to, "text", name)
-    if isinstance(value, list):
-        return _each(value, lambda item: change_json(item, to, name))
-    if not isinstance(value, dict):
+    def __init__(self, to: Change, tells: Callable[[str], Any] | None = None, enter: Enter | None = None) -> None:
+        self.to, self.tells, self.enter = to, tells, enter
+        self._same: set[str] = set()
+
+    def record(self, record: Any) -> Any:
+        """Return the record with its texts replaced."""
+        if self.enter is not None:
+            self.enter(record)
+        fields, get = _PLANS[type(record)]
+        changed = None
+        for (name, how), value in zip(fields, get(record), strict=True):
+            if not value:
+                continue
+            if how == "text" or how == "path":
+                if value in self._same:
+                    continue
+                new = self._text(value, how)
+            elif how == "records":
+                new = self._records(value)
+            elif how == "json":
+                new = self.json(value)
+            else:
+                new = self.record(value)
+            if new is not value:
+                changed = changed or {}
+                changed[name] = new
+        return msgspec.structs.replace(record, **changed) if changed else record
+
+    def _records(self, items: list) -> list:
+        new = [self.record(item) for item in items]
+        return items if all(map(is_, items, new)) else new
+
+    def _text(self, text: str, how: str = "text") -> str:
+        if text in self._same:
+            return text
+        new = self.to(text, how, None)
+        if new == text:
+            self._same.add(text)
+            return text
+        return new
+
+    def json(self, value: Any, name: str | None = None) -> Any:
+        """Return a JSON value with its strings and its keys replaced; two keys never become one."""
+        if isinstance(value, str):
+            if name is not None and self.tells is not None and self.tells(name):
+                new = self.to(value, "text", name)
+                return value if new == value else new
+            return self._text(value)
+        if isinstance(value, dict):
+            return self._object(value)
+        if isinstance(value, list):
+            new = [self.json(item, name) for item in value]
+            return value if all(map(is_, value, new)) else new
         return value
-    new: dict[str, Any] = {}
-    same = True
-    title = value.get("name") or value.get("key")
-    for key, item in value.items():
-        label = title if key == "value" and isinstance(title, str) else key
-        fresh_item = change_json(item, to, label)
-        fresh_key = _replaced(key, to, "text", None) if len(key) > 5 else key
-        same = same and fresh_item is item and fresh_key is key
-        while fresh_key in new:
-            fresh_key += "_"
-        new[fresh_key] = fresh_item
-    return value if same else new
+
+    def _object(self, value: dict[str, Any]) -> dict[str, Any]:
+        new: dict[str, Any] = {}
+        same = True
+        title = value.get("name") or value.get("key")
+        for key, item in value.items():
+            label = title if key == "value" and isinstance(title, str) else key
+            fresh_item = self.json(item, label)
+            fresh_key = self._text(key) if len(key) > 5 else key
+            same = same and fresh_item is item and fresh_key is key
+            while fresh_key in new:
+                fresh_key += "_"
+            new[fresh_key] = fresh_item
+        return value if same else new
 
 
-def strings(record: Any) -> Iterator[str]:
-    """Yield every text that `change` would be asked about."""
-    for name, how in FIELDS[type(record)].items():
-        value = getattr(record, name)
-        if value is None or value == "":
+def texts_of(record: Any) -> set[str]:
+    """Return every text that a `Walk` asks about."""
+    found: set[str] = set()
+    _collect(record, found)
+    return found
+
+
+def _collect(record: Any, found: set[str]) -> None:
+    fields, get = _PLANS[type(record)]
+    for (_, how), value in zip(fields, get(record), strict=True):
+        if not value:
             continue
-        if how == "records":
+        if how == "text" or how == "path":
+            found.add(value)
+        elif how == "records":
             for item in value:
-                yield from strings(item)
-        elif how == "record":
-            yield from strings(value)
+                _collect(item, found)
         elif how == "json":
-            yield from json_strings(value)
+            _collect_json(value, found)
         else:
-            yield value
+            _collect(value, found)
 
 
-def json_strings(value: Any) -> Iterator[str]:
-    """Yield the strings and keys of a JSON value."""
+def _collect_json(value: Any, found: set[str]) -> None:
     if isinstance(value, str):
-        yield value
+        found.add(value)
+    elif isinstance(value, dict):
+        found.update(value)
+        for item in value.values():
+            _collect_json(item, found)
     elif isinstance(value, list):
         for item in value:
-            yield from json_strings(item)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield key
-            yield from json_strings(item)
+            _collect_json(item, found)

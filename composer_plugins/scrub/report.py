@@ -38,6 +38,18 @@ class ScrubReport:
             finding = self.findings[kind, placeholder] = Finding(kind, placeholder, file, line, where)
         finding.count += 1
 
+    def merge(self, other: ScrubReport) -> None:
+        """Add the replacements of records that came after those of this report."""
+        self.kinds.update(other.kinds)
+        for file, kinds in other.files.items():
+            self.files.setdefault(file, Counter()).update(kinds)
+        for key, finding in other.findings.items():
+            known = self.findings.setdefault(key, finding)
+            if known is not finding:
+                known.count += finding.count
+        self.records += other.records
+        self.changed += other.changed
+
     def rows(self) -> list[tuple[str, int, int, str]]:
         """(kind, replacements, different values, first place) of each kind, the most frequent first."""
         rows = []

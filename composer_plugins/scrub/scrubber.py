@@ -7,15 +7,16 @@ import re
 from typing import Any, TypeVar
 
 from composer_plugins.scrub import assignments, blocks, detectors, personal, records, tokens
+from composer_plugins.scrub.gates import PERSONAL
 from composer_plugins.scrub.placeholders import Pseudonyms, load_salt
 from composer_plugins.scrub.report import ScrubReport
 from composer_plugins.scrub.rules import UserRules
-from composer_plugins.scrub.text import Active, TextScrubber, worth_finding_again
-from composer_plugins.traces.schema import Message, SourceRef, State, Step, ToolResult, Trace
+from composer_plugins.scrub.text import TextScrubber, worth_finding_again
+from composer_plugins.traces.schema import Message, SourceRef, State, Trace
 from composer_plugins.traces.store import Manifest
 
 #: Raise it when the rules' code changes what is found (the tables are part of the fingerprint by themselves).
-RULES_VERSION = 1
+RULES_VERSION = 2
 T = TypeVar("T", Trace, State)
 
 
@@ -35,9 +36,23 @@ class Scrubber:
 
     def __init__(self, rules: UserRules | None = None, *, salt: bytes | None = None) -> None:
         self._rules = rules or UserRules()
-        self._names = Pseudonyms(load_salt() if salt is None else salt)
+        self._salt = load_salt() if salt is None else salt
+        self._names = Pseudonyms(self._salt)
         self._text = TextScrubber(self._names, self._rules)
         self.report = ScrubReport()
+
+    def __reduce__(self) -> tuple:
+        """Sent to another process of ours: the same rules and salt, so the same placeholders; a report of its own."""
+        return _again, (self._rules, self._salt)
+
+    def take_report(self) -> ScrubReport:
+        """Return the report so far, and begin a new one."""
+        report, self.report = self.report, ScrubReport()
+        return report
+
+    def add_report(self, report: ScrubReport) -> None:
+        """Add what a copy of this scrubber replaced."""
+        self.report.merge(report)
 
     @property
     def fingerprint(self) -> str:
@@ -61,7 +76,7 @@ class Scrubber:
     def scrub_text(self, text: str) -> str:
         """Return one text without secrets (for text that is in no record)."""
         return self._text.scrub(
-            text, *self._text.prepare([text]), lambda kind, value, new: self.report.add(kind, new, None, 0, "text")
+            text, self._text.prepare([text]), lambda kind, value, new: self.report.add(kind, new, None, 0, "text")
         )
 
     def scrub_manifest(self, manifest: Manifest, earlier: str | None = None) -> None:
@@ -73,24 +88,25 @@ class Scrubber:
         mine = self.fingerprint
         manifest.scrubbed = mine if earlier in (None, mine) else f"{earlier},{mine}"
         manifest.inputs = {self._path(name): digest for name, digest in manifest.inputs.items()}
-        manifest.options = records.change_json(manifest.options, lambda text, how, name: self._path(text))
+        manifest.options = records.Walk(lambda text, how, name: self._path(text)).json(manifest.options)
         manifest.options["scrub"] = self.report.to_dict()
 
     def _path(self, text: str) -> str:
-        return self._text.scrub_personal(
-            text, Active(emails=True, homes=True, names=personal.home_names(text)), _nothing
-        )
+        return self._text.scrub_personal(text, PERSONAL, personal.home_names(text), _nothing)
 
     def _scrub(self, record: T, file: str | None) -> T:
-        texts = set(records.strings(record))
-        work = _Work(self, texts, self._path(file) if file else None)
+        work = _Work(self, records.texts_of(record), self._path(file) if file else None)
         self.report.records += 1
-        new = records.change(record, work.change, work.enter)
+        new = records.Walk(work.change, assignments.name_places, work.enter).record(record)
         again = work.second_pass()
         if again is not None:
-            new = records.change(new, again, work.enter)
+            new = records.Walk(again, enter=work.enter).record(new)
         self.report.changed += new is not record
         return new
+
+
+def _again(rules: UserRules, salt: bytes) -> Scrubber:
+    return Scrubber(rules, salt=salt)
 
 
 def _nothing(kind: str, value: str, new: str) -> None:
@@ -102,28 +118,41 @@ class _Work:
 
     def __init__(self, scrubber: Scrubber, texts: set[str], file: str | None) -> None:
         self.text, self.report, self.file = scrubber._text, scrubber.report, file
-        self.active, self.suspects = self.text.prepare(texts)
+        self.prepared = self.text.prepare(texts)
         self.done: dict[str, str] = {}
         self.known: dict[str, str] = {}
         self.users: dict[str, str] = {}
-        self.line, self.where = 0, ""
-        self.lines: dict[int, int] = {}
+        self.record: Any = None
+        self.placed: Any = None
+        self.trace: Trace | None = None
+        self.lines: dict[int, int] | None = None
 
     def enter(self, record: Any) -> None:
-        """Note where the texts that follow stand."""
-        self.where = type(record).__name__
-        if isinstance(record, Trace):
-            self.lines = _message_lines(record)
-        elif isinstance(record, Message):
-            self.line = self.lines.get(id(record), self.line)
-        elif isinstance(record, Step | ToolResult | State) and record.source_ref is not None:
-            self.line = record.source_ref.line
-        elif isinstance(record, SourceRef):
-            self.line = record.line
+        """Note where the texts that follow stand; the line is looked up when something is found there."""
+        self.record = record
+        kind = type(record)
+        if kind is Message:
+            self.placed = record if self.trace is not None else self.placed
+        elif kind is Trace:
+            self.trace, self.lines = record, None
+        elif kind is SourceRef or getattr(record, "source_ref", None) is not None:
+            self.placed = record
+
+    @property
+    def line(self) -> int:
+        """The line of the log where we are: that of the last record that has one."""
+        record = self.placed
+        if record is None:
+            return 0
+        if type(record) is Message:
+            if self.lines is None:
+                self.lines = _message_lines(self.trace)
+            return self.lines[id(record)]
+        return record.line if type(record) is SourceRef else record.source_ref.line
 
     def change(self, text: str, how: str, name: str | None) -> str:
         """The replacement of one text."""
-        if name is not None and self.active.anchors and len(text) >= 6:
+        if name is not None and len(text) >= 6:
             kind = assignments.named_value(name, text)
             if kind is not None and not self.text.keep(text):
                 new = self.known.get(text) or self.text.names.secret(kind, text)
@@ -132,15 +161,15 @@ class _Work:
         new = self.done.get(text)
         if new is None:
             if how == "path":
-                new = self.text.scrub_personal(text, self.active, self.found)
+                new = self.text.scrub_personal(text, PERSONAL, self.prepared.names, self.found)
             else:
-                new = self.text.scrub(text, self.active, self.suspects, self.found)
-            self.done[text] = new = text if new == text else new
+                new = self.text.scrub(text, self.prepared, self.found)
+            self.done[text] = new
         return new
 
     def found(self, kind: str, value: str, new: str) -> None:
         """Remember a find for the report and for the second pass."""
-        self.report.add(kind, new, self.file, self.line, self.where)
+        self.report.add(kind, new, self.file, self.line, type(self.record).__name__)
         if kind == "home_path":
             self.users[value] = new
         elif kind != "email" and worth_finding_again(value):
@@ -149,6 +178,9 @@ class _Work:
     def second_pass(self):
         """Return the change that replaces what was found wherever else it stands, or None when there is nothing."""
         if not self.known and not self.users:
+            return None
+        everything = "\n".join(self.done.values())
+        if not any(value in everything for value in (*self.known, *self.users)):
             return None
         values = sorted(self.known, key=len, reverse=True)
         users = _beside_paths(self.users) if self.users else None
@@ -165,7 +197,7 @@ class _Work:
                     for _ in range(2):  # owner and group stand side by side
                         new = users.sub(lambda match: match[1] + self._user(match[2]), new)
                 done[text] = new
-            return text if new == text else new
+            return new
 
         return again
 
@@ -174,14 +206,14 @@ class _Work:
         kind = self.known[value].split(":")[1]
 
         def replace(match: re.Match) -> str:
-            self.report.add(kind, self.known[value], self.file, self.line, self.where)
+            self.report.add(kind, self.known[value], self.file, self.line, type(self.record).__name__)
             return self.known[value]
 
         return re.sub(edge.format(re.escape(value)), replace, text)
 
     def _user(self, name: str) -> str:
         new = self.users[name]
-        self.report.add("user_name", new, self.file, self.line, self.where)
+        self.report.add("user_name", new, self.file, self.line, type(self.record).__name__)
         return new
 
 

@@ -34,11 +34,9 @@ class Token:
     edge: bool = False
     check: Callable[[str], bool] = mixed
     run: re.Pattern = field(init=False, repr=False, compare=False)
-    raw: bytes = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "run", re.compile(f"[{self.body}]{{0,{self.most}}}"))
-        object.__setattr__(self, "raw", self.prefix.encode())
 
     def spans(self, text: str) -> Iterator[Span]:
         """Yield where such a token stands."""
@@ -184,12 +182,5 @@ TOKENS: tuple[Token, ...] = (
     *_tokens("jwt", "eyJ", DOTTED, 24, 8192, edge=True, check=_jwt),
 )  # fmt: skip
 
-_NOT_WORD = bytes(c if (c < 128 and chr(c).isalnum()) or chr(c) in "_.-" else 32 for c in range(256))
-
-
-def vocabulary(raw: bytes) -> set[bytes]:
-    """Return the different words of a UTF-8 text: letters, digits, `_`, `.` and `-`.
-
-    What the rules look for is looked for here first: it is a fraction of the text, as texts repeat their words.
-    """
-    return {word for word in set(raw.translate(_NOT_WORD).split()) if len(word) > 2}
+#: Makes every letter, digit, `_`, `.` and `-` of a UTF-8 text a w, and anything else a space.
+ALIKE = bytes(ord("w") if (c < 128 and chr(c).isalnum()) or chr(c) in "_.-" else 32 for c in range(256))

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import re
 
-from composer_plugins.traces.classify_rules import HUMAN_RULES, RULES, Rule
+from composer_plugins.traces.classify_rule import Rule, RuleSet
+from composer_plugins.traces.classify_rules import HUMAN_RULES, RULES
 from composer_plugins.traces.classify_shape import error_object, plain, split_exit, untag
 from composer_plugins.traces.schema import Status
 
@@ -92,17 +93,10 @@ ASKING_TOOLS = frozenset(["Edit", "MultiEdit", "Write", "NotebookEdit", "ExitPla
 
 #: The rules that need no flag: those about the start of a result, and those that are searched.
 INFERRING: tuple[Rule, ...] = tuple(r for r in RULES if r.infers)
-_TIED = tuple(r for r in INFERRING if r.tied)
-_SEARCHED = tuple(r for r in INFERRING if not r.tied)
-_NAMING = tuple(r for r in RULES if r not in HUMAN_RULES)
-
-
-def _gate(rules: tuple[Rule, ...]) -> re.Pattern[str]:
-    """One pattern that holds when any of the rules might: most results are good, and this is all they cost."""
-    return re.compile("|".join(f"(?:{r.pattern.pattern})" for r in rules), re.MULTILINE)
-
-
-_TIED_GATE = _gate(_TIED)
+_TIED = RuleSet(r for r in INFERRING if r.tied)
+_SEARCHED = RuleSet(r for r in INFERRING if not r.tied)
+_HUMAN = RuleSet(HUMAN_RULES)
+_NAMING = RuleSet(r for r in RULES if r not in HUMAN_RULES)
 
 #: Class of a failed result that no rule names, and of a bare exit code.
 DEFAULT_CLASS, EXIT_CLASS = "tool_error", "nonzero_exit"
@@ -162,17 +156,15 @@ def classify_text(
 def _inferred(ends: str, tool: str | None) -> Rule | None:
     """The first rule that makes an unflagged result an error."""
     quoting = tool in QUOTING_TOOLS
-    if _TIED_GATE.match(ends):
-        rule = next((r for r in _TIED if (r.quoted or not quoting) and r.found_in(ends)), None)
+    if _TIED.may_start(ends):
+        rule = next((r for r in _TIED.rules if (r.quoted or not quoting) and r.found_in(ends)), None)
         if rule is not None:
             return rule
-    if quoting:
-        return None
-    return next((r for r in _SEARCHED if r.found_in(ends)), None)
+    return None if quoting else next(_SEARCHED.holding(ends), None)
 
 
 def _flagged(ends: str, tagged: bool, tool: str | None, exit_code: int | None, flagged: bool) -> tuple[Status, str]:
-    human = next((r for r in HUMAN_RULES if r.found_in(ends)), None)
+    human = next(_HUMAN.one_by_one(ends), None)
     if human is not None:
         return human.status, human.error_class
     named = _named(ends)
@@ -225,11 +217,10 @@ def _named(text: str) -> str | None:
 def _first(text: str) -> str | None:
     """Class of the first rule that holds; a vague one only when no other does."""
     vague = None
-    for rule in _NAMING:
-        if (vague is None or not rule.vague) and rule.found_in(text):
-            if not rule.vague:
-                return rule.error_class
-            vague = rule.error_class
+    for rule in _NAMING.one_by_one(text):
+        if not rule.vague:
+            return rule.error_class
+        vague = vague or rule.error_class
     return vague
 
 

@@ -12,50 +12,10 @@ OpenHands' runtime and software-agent-sdk; openai/codex `codex-rs/core/src`; goo
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
+from composer_plugins.traces.classify_rule import SHARED_START as _E
+from composer_plugins.traces.classify_rule import Rule
 from composer_plugins.traces.schema import Status
-
-#: How many characters from the end a `tail` rule sees.
-TAIL = 1500
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One row of the table.
-
-    Args:
-        error_class: names the template in `composer_plugins/hints/templates.toml`.
-        pattern: searched in the result (multi-line).
-        infers: the pattern alone makes an unflagged result an error; otherwise it only names the class.
-        quoted: with `infers`, holds for tools that quote other texts too (the tool's own error form).
-        needs: a text that every match contains: a quick way out for the many good results.
-        tail: searched in the last `TAIL` characters only.
-        vague: the class is a last resort; a more specific one elsewhere in the text wins.
-        status: what the result becomes.
-    """
-
-    error_class: str
-    pattern: re.Pattern[str]
-    infers: bool = False
-    quoted: bool = False
-    needs: str = ""
-    tail: bool = False
-    vague: bool = False
-    status: Status = Status.ERROR
-
-    @property
-    def tied(self) -> bool:
-        """True for a rule about the start of the result."""
-        return self.pattern.pattern.startswith(r"\A")
-
-    def found_in(self, text: str) -> bool:
-        """True when the rule holds; a pattern tied to the start is tried at the start only."""
-        if self.tail:
-            text = text[-TAIL:]
-        if self.needs not in text:
-            return False
-        return (self.pattern.match(text) if self.tied else self.pattern.search(text)) is not None
 
 
 def _rule(error_class: str, pattern: str, **options) -> Rule:
@@ -68,7 +28,6 @@ _END = {"infers": True, "tail": True}
 _HUMAN = {"status": Status.HUMAN_REJECT, "infers": True, "quoted": True}
 _STOP = {"status": Status.INTERRUPTED, "infers": True, "quoted": True}
 _SHELL = r"^(?:\(eval\):\d+: |(?:/\S*/)?(?:ba|z|da|k)?sh: (?:line )?(?:\d+: )?)"
-_E = r"\A\[?(?:<tool_use_error>)?(?:E(?:rror|RROR):\s*)?"
 
 #: What the human did. First match wins, here and below.
 HUMAN_RULES: tuple[Rule, ...] = (
@@ -107,7 +66,8 @@ TOOL_RULES: tuple[Rule, ...] = (
     _rule("invalid_arguments", r"InputValidationError|Invalid (?:tool )?(?:arguments|parameters|input)|required parameter|required property|is not valid JSON for|unexpected keyword argument|missing \d+ required (?:positional|keyword)"),
     _rule("unknown_tool", r"No such tool(?: available)?|(?:Unknown|unrecognized) tool\b|Tool \S+ (?:not found|does not exist)|is not a (?:known|valid) tool"),
     _rule("command_blocked", _E + r"(?:Cannot execute multiple commands at once|Operation '[^'\n]+' is not supported by this environment|Command substitution using |Command rejected because it could not be parsed)", **_OWN),
-    _rule("path_blocked", _E + r"(?:File path must be within|Access to .{1,300} is blocked by|.{1,300} was blocked\. For security)", **_OWN),
+    _rule("path_blocked", _E + r"(?:File path must be within|Access to .{1,300} is blocked by)", **_OWN),
+    _rule("path_blocked", _E + r".{1,300} was blocked\. For security", **_OWN),
     _rule("path_blocked", r"was blocked\. For security|outside (?:of )?the (?:allowed|working) director|only list files in the allowed"),
     _rule("too_large", r"exceeds? (?:the )?maximum allowed|Output too large|Prompt is too long|File too large"),
     _rule("is_directory", r"\bEISDIR\b|[Ii]s a directory(?:,| and only)|: Is a directory|illegal operation on a directory"),
@@ -124,19 +84,21 @@ TOOL_RULES: tuple[Rule, ...] = (
 TEST_SUMMARY = (
     r"^=+ [^\n]{0,80}?\b[1-9]\d* (?:failed|errors?)\b[^\n]{0,80} in [\d.:]+m?s[^\n]*=\s*\Z|^(?:Tests?|Test Files|Test Suites):?\s+(?:\d+ \w+ ?\| ?)*[1-9]\d* failed"
     r"|^FAILED \((?:failures|errors)=|^test result: FAILED\.|^--- FAIL: |^FAIL\t|^[ \t]+[1-9]\d* failing\b"
-    r"|\b\d+ examples?, [1-9]\d* failures?|^FAILURES!$|^Tests run: \d+, Failures: (?:[1-9]|0, Errors: [1-9])"
+    r"|^FAILURES!$|^Tests run: \d+, Failures: (?:[1-9]|0, Errors: [1-9])"
     r"|^[1-9]\d* (?:tests? )?failed\b|^FAIL Required test coverage"
 )  # fmt: skip
 CHECK_SUMMARY = (
     r"^[1-9]\d* errors?, \d+ warnings?|^Found [1-9]\d* errors?(?:\.| in \d+ files?)|^✖ [1-9]\d* problems? \([1-9]\d* errors?"
-    r"|\berror TS\d+: |^error(?:\[E\d{4}\])?: could not compile|^make(?:\[\d+\])?: \*\*\* |^\[?ERROR\]? *BUILD FAILURE|^BUILD FAILED|^Failed to compile\."
+    r"|^error(?:\[E\d{4}\])?: could not compile|^make(?:\[\d+\])?: \*\*\* |^\[?ERROR\]? *BUILD FAILURE|^BUILD FAILED|^Failed to compile\."
 )  # fmt: skip
 
 #: The environment.
 PROGRAM_RULES: tuple[Rule, ...] = (
     _rule("test_failure", TEST_SUMMARY, needs="ail", **_END),
+    _rule("test_failure", r"\b\d+ examples?, [1-9]\d* failures?", needs="ail", **_END),
     _rule("test_failure", r"^=+ (?:\d+ \w+, )*[1-9]\d* errors? in [\d.:]+m?s[^\n]*=\s*\Z", needs=" error", **_END),
     _rule("type_check", CHECK_SUMMARY, needs="rror", **_END),
+    _rule("type_check", r"\berror TS\d+: ", needs="rror", **_END),
     _rule("type_check", r"^make(?:\[\d+\])?: \*\*\* |^BUILD FAILED|^Failed to compile\.", needs="ail", **_END),
     _rule("command_not_found", _SHELL + r".*(?:command )?not found(?:: .*)?$", needs="not found", **_INFERS),
     _rule("command_not_found", r"[Cc]ommand not found"),
@@ -165,10 +127,10 @@ PROGRAM_RULES: tuple[Rule, ...] = (
     _rule("test_failure", r"^(?:FAILED|FAIL) |\b[1-9]\d* (?:tests? )?fail(?:ed|ures?|ing)\b|AssertionError"),
     _rule("type_check", r"\berror TS\d+:|:\d+:\d+ - error: |: error: .*\[[\w-]+\]$|reportUnknown|error\[E\d{4}\]|^Found \d+ errors?\.|Failed to build\b|[Bb]uild failed"),
     _rule("python_error", r"(?:^[ \t]+\S.*\n)(?:[A-Za-z_]\w*\.)*\w*(?:Error|Exception|Interrupt|Exit|Expired|Timeout|Failure)\b(?::? .*|:)?\s*\Z", needs="Traceback (most", vague=True, infers=True),
-    _rule("python_error", r"^Node\.js v\d[\d.]*\s*\Z|^panic: |^thread '.*' panicked at |^Exception in thread \"", needs="", vague=True, **_END),
+    _rule("python_error", r"^Node\.js v\d[\d.]*\s*\Z|^panic: |^thread '.*' panicked at |^Exception in thread \"", vague=True, **_END),
     _rule("python_error", r"^Traceback \(most recent call last\):|^\w*(?:Error|Exception): "),
     _rule("nonzero_exit", r"^(?:[\w./-]+: line \d+: +\d+ )?(?:Segmentation fault|Bus error|Illegal instruction|Killed)(?: +\(core dumped\))?[^\n]{0,80}\s*\Z", vague=True, **_END),
-    _rule("nonzero_exit", r"^(?:npm (?:ERR!|error) |error Command failed with exit code [1-9]|[\s\S]?ELIFECYCLE)", needs="r", vague=True, **_END),
+    _rule("nonzero_exit", r"^(?:npm (?:ERR!|error) |error Command failed with exit code [1-9]|[\s\S]?ELIFECYCLE)", vague=True, **_END),
 )  # fmt: skip
 
 RULES: tuple[Rule, ...] = HUMAN_RULES + TOOL_RULES + PROGRAM_RULES

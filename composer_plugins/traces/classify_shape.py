@@ -40,14 +40,19 @@ def split_exit(text: str) -> tuple[str, int | None]:
     Args:
         text: a tool result; only its first and last hundreds of characters are looked at.
     """
-    if text.startswith("Command: "):
+    first = text[:1]
+    if first == "C" and text.startswith("Command: "):
         return _gemini(text)
-    if text.startswith("{") and '"exit_code"' in text[-200:]:
+    if first == "{" and '"exit_code"' in text[-200:]:
         inner, code = _codex(text)
         if code is not None:
             return inner, code
-    code = _exit_code(text)
-    if text[-400:].rstrip().rpartition("\n")[2].startswith(_FOOTERS):
+    ends = text[:200] + text[-300:]
+    # One rare character first: it is looked for ten times as fast as a word.
+    named = ("x" in ends and "xit" in ends) or ("X" in ends and "EXIT" in ends) or ("<" in ends and "<ret" in ends)
+    code = _exit_code(text) if named else None
+    tail = text[-400:].rstrip()
+    if tail.startswith(_FOOTERS, tail.rfind("\n") + 1):
         end = _FOOTER.search(text, max(len(text) - 800, 0))
         if end is not None:
             text = text[: end.start()]
@@ -55,9 +60,6 @@ def split_exit(text: str) -> tuple[str, int | None]:
 
 
 def _exit_code(text: str) -> int | None:
-    ends = text[:200] + text[-300:]
-    if not any(word in ends for word in ("xit", "EXIT", "returncode")):
-        return None
     found = (
         _EXIT.search(text[:200]) or _SANDBOX.match(text[:400]) or _HEADER.match(text[:400]) or _EXIT.search(text[-300:])
     )
@@ -107,7 +109,7 @@ def error_object(text: str) -> str | None:
     `"status": "error"`.
     """
     head = text[:200].lstrip()
-    if not head.startswith("{") or len(text) > 100_000 or not text.rstrip().endswith("}"):
+    if head[:1] != "{" or len(text) > 100_000 or not text.rstrip().endswith("}"):
         return None
     lone = re.match(r"\{\s*['\"]error['\"]\s*:", head)
     if lone is None and not re.search(

@@ -8,7 +8,6 @@ it, so no step has an exact history.
 from __future__ import annotations
 
 import json
-import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
@@ -16,10 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from composer_plugins.traces.claude_code_build import Builder, conversation_name
+from composer_plugins.traces.claude_code_fates import Fates
 from composer_plugins.traces.claude_code_records import (
     Body,
     Line,
     Outcome,
+    decode_batch,
     decode_line,
     looks_like_agent_meta,
     looks_like_claude_code,
@@ -28,7 +29,7 @@ from composer_plugins.traces.claude_code_records import (
 from composer_plugins.traces.claude_code_stream import STREAM_ABOVE, session_ends, session_of
 from composer_plugins.traces.claude_code_tree import Conversation, Forest, Node
 from composer_plugins.traces.ledger import Problem, Problems
-from composer_plugins.traces.lines import Damage, iter_lines
+from composer_plugins.traces.lines import Damage, iter_batches, without_end
 from composer_plugins.traces.schema import Trace
 from composer_plugins.traces.tools import infer_tools
 
@@ -62,10 +63,13 @@ class ClaudeCodeReader:
         """
         ends = session_ends(path) if path.stat().st_size > STREAM_ABOVE else {}
         scan = _Scan(path)
-        for number, raw in iter_lines(path):
-            scan.line(number, raw)
-            if number in ends:
-                yield from scan.close(ends[number])
+        for first, lines in iter_batches(path):
+            done = 0
+            for line in [number for number in range(first, first + len(lines)) if number in ends] if ends else ():
+                scan.batch(first + done, lines[done : line + 1 - first])
+                yield from scan.close(ends[line])
+                done = line + 1 - first
+            scan.batch(first + done, lines[done:])
         yield from scan.close(None)
         scan.settle(counts)
 
@@ -77,78 +81,58 @@ class _Lost(NamedTuple):
     session: str | None
 
 
-class _Fates:
-    """What became of every line, one byte each."""
-
-    USED = 1
-    _NAME = re.compile(r"[A-Za-z0-9_.-]{1,40}\Z")
-
-    def __init__(self) -> None:
-        self.codes = bytearray(1)  # lines count from 1
-        self.names = ["not_used", "used"]
-        self._index = {name: code for code, name in enumerate(self.names)}
-
-    def use(self, line: int) -> None:
-        self.codes[line] = self.USED
-
-    def skip(self, line: int, reason: str) -> None:
-        """The first reason stands, and use is stronger than any."""
-        if self.codes[line]:
-            return
-        code = self._index.get(reason)
-        if code is None:
-            if len(self.names) > 250 or not self._NAME.match(reason):
-                reason = "unknown_record"
-            code = self._index.get(reason)
-        if code is None:
-            code = self._index[reason] = len(self.names)
-            self.names.append(reason)
-        self.codes[line] = code
-
-    def settle(self, counts: Counter) -> None:
-        counts["read"] += len(self.codes) - 1
-        for code, number in Counter(memoryview(self.codes)[1:]).items():
-            counts["used" if code == self.USED else "skipped:" + self.names[code]] += number
-
-
 class _Scan:
     """One pass over one file."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.source = path, str(path)
         self.forest = Forest()
-        self.fates = _Fates()
+        self.fates = Fates()
         self.problems = Problems()
         self.lost: list[_Lost] = []
 
-    def line(self, number: int, raw: bytes | None) -> None:
-        """Take the next line."""
-        self.fates.codes.append(0)
+    def batch(self, first: int, lines: list[bytes | None]) -> None:
+        """Take the next lines; `first` is the number of the first one."""
+        self.fates.extend(len(lines))
+        records = decode_batch(lines)
+        if records is None:
+            for number, raw in enumerate(lines, first):
+                self._line(number, raw and without_end(raw))
+            return
+        for number, record in enumerate(records, first):
+            reason = self._record(record, number, lines[number - first])
+            if reason is not None:
+                self.fates.settle(number, reason)
+
+    def _line(self, number: int, raw: bytes | None) -> None:
+        """Take a line that may be damaged, or hold several records."""
         records, damage = decode_line(raw)
         if damage:
             self._damage(number, raw, damage)
         for record in records:
             reason = self._record(record, number, raw)
             if reason is not None:
-                self.fates.skip(number, reason)
+                self.fates.settle(number, reason)
 
     def _damage(self, number: int, raw: bytes | None, damage: list[Damage]) -> None:
         for item in damage:
             if item.reason != "blank_line":
                 self.problems.append(Problem(self.source, number, item.reason, item.detail, item.lost))
             if item.fatal:
-                self.fates.skip(number, item.reason)
+                self.fates.settle(number, item.reason)
         if any(item.lost for item in damage):
             self.lost.append(_Lost(number, session_of(raw)))
 
     def _record(self, record: Line, number: int, raw: bytes | None) -> str | None:
         """File one record; return why it is not part of a conversation, or None."""
-        kind = kind_of(record)
+        kind = record.type
         if self.forest.known(record.uuid):
             return "duplicate"
-        if kind is None:
-            return self._aside(record, number, raw)
-        if record.message is None and kind in ("user", "assistant"):
+        if kind != "assistant" and kind != "user":
+            kind = kind_of(record)
+            if kind is None:
+                return self._aside(record, number, raw)
+        elif record.message is None:
             return self._malformed(number, raw, "malformed_record", "a message without content")
         node = self.forest.add(record, number, kind)
         if kind == "user" and isinstance(record.toolUseResult, Outcome) and record.toolUseResult.agentId:
@@ -183,29 +167,22 @@ class _Scan:
         if not conversation.nodes:
             return None
         builder = Builder(self.source, self._lost_of(conversation))
-        entered, position = conversation.attachments, 0
         outcome: dict[int, str | None] = {}
         for node in conversation.prefix:
-            _note(outcome, node, builder.add(node, own=False))
+            _note(outcome, node.line, builder.add(node, own=False))
+        entered, position = conversation.attachments, 0
         for node in conversation.nodes:
             while position < len(entered) and entered[position] <= node.order:
                 builder.attachment()
                 position += 1
             if node.dropped:
-                self.fates.skip(node.line, "rewound")
-                continue
-            _note(outcome, node, builder.add(node, own=True))
-        builder.finish()
-        if not builder.steps:
-            for line in outcome:
-                self.fates.skip(line, "no_model_step")
-            return None
-        for line, reason in outcome.items():
-            if reason is None:
-                self.fates.use(line)
+                self.fates.settle(node.line, "rewound")
             else:
-                self.fates.skip(line, reason)
-        return self._assemble(conversation, builder)
+                _note(outcome, node.line, builder.add(node, own=True))
+        builder.finish()
+        for line, reason in outcome.items():
+            self.fates.settle(line, reason if builder.steps else "no_model_step")
+        return self._assemble(conversation, builder) if builder.steps else None
 
     def _lost_of(self, conversation: Conversation) -> list[int]:
         """Lost lines between the records of a conversation that may have been its own."""
@@ -263,22 +240,20 @@ class _Scan:
 
     def settle(self, counts: Counter) -> None:
         """Account for every physical line of the file."""
-        self.fates.settle(counts)
+        self.fates.count(counts)
         problems = getattr(counts, "problems", None)
         if problems is not None:
             problems.extend(self.problems)
 
 
-def _note(outcome: dict[int, str | None], node: Node, reason: str | None) -> None:
+def _note(outcome: dict[int, str | None], line: int, reason: str | None) -> None:
     """Two records can be glued on one line: it is used when either is."""
-    if reason is None or node.line not in outcome:
-        outcome[node.line] = reason
+    if reason is None or line not in outcome:
+        outcome[line] = reason
 
 
 def kind_of(record: Line) -> str | None:
-    """What a record is to the conversation; None: not part of it."""
-    if record.type in ("user", "assistant"):
-        return record.type
+    """What a record of the program is to the conversation; None: not part of it."""
     if record.type == "system" and record.subtype == "compact_boundary":
         return "compact"
     if record.type == "system" and record.subtype == "microcompact_boundary":

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from composer_plugins.traces.classify import classify_text
 from composer_plugins.traces.claude_code_records import (
@@ -24,24 +25,22 @@ NO_RESULT = "[no result in the log]"
 USAGE = ("input_tokens", "output_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
 
 
-@dataclass(slots=True, eq=False)
-class Inference:
+class Inference(msgspec.Struct, eq=False):
     """One model inference, gathered from the lines that share its `message.id`."""
 
     node: Node
     own: bool
     start: int
     inexact: list[str]
-    texts: list[str] = field(default_factory=list)
-    thinking: list[str] = field(default_factory=list)
-    calls: dict[str, ToolCall] = field(default_factory=dict)
-    results: dict[str, ToolResult] = field(default_factory=dict)
-    usage: dict[str, Any] = field(default_factory=dict)
+    texts: list[str] = []
+    thinking: list[str] = []
+    calls: dict[str, ToolCall] = {}
+    results: dict[str, ToolResult] = {}
+    usage: dict[str, Any] = {}
     interrupted: bool = False
 
 
-@dataclass(slots=True, eq=False)
-class UserText:
+class UserText(msgspec.Struct, eq=False):
     """A user message; `injected` says what put it there when it was not the user."""
 
     content: str
@@ -80,7 +79,7 @@ class Builder:
             self.cleared += len(cleared_ids(node.record))
             self._inexact("microcompaction")
             return None
-        if self._unlinked(node, own) and not node.record.isCompactSummary:
+        if (node.parent is None or own) and self._unlinked(node, own) and not node.record.isCompactSummary:
             self._inexact("unlinked")
         self.begun = self.begun or own
         if node.kind == "assistant":
@@ -113,15 +112,15 @@ class Builder:
         fresh = inference is None
         if fresh:
             inference = Inference(node, own, self.start, self._reasons_at(node.line))
-        taken = [self._take(inference, block) for block in blocks_of(body)]
+        taken = False
+        for block in blocks_of(body):
+            taken = self._take(inference, block) or taken
         if body.usage:
             inference.usage = body.usage
-        if not any(taken) and not fresh:
-            return "duplicate"
         if fresh:
             self.by_message[key] = inference
             self.items.append(inference)
-        return None
+        return None if taken or fresh else "duplicate"
 
     def _reasons_at(self, line: int) -> list[str]:
         if self.damaged and bisect_left(self.damaged, line) > 0:
@@ -130,22 +129,23 @@ class Builder:
 
     def _take(self, inference: Inference, block: Block) -> bool:
         """Add one block; False when the inference has it already or it is of no use."""
-        if block.type == "text":
-            if not block.text or block.text in inference.texts:
-                return False
-            inference.texts.append(block.text)
-        elif block.type == "thinking":
-            if not block.thinking or block.thinking in inference.thinking:
-                return False
-            inference.thinking.append(block.thinking)
-        elif block.type == "tool_use" and block.id and block.name:
+        kind = block.type
+        if kind == "tool_use" and block.id and block.name:
             if block.id in self.by_call:
                 return False
             inference.calls[block.id] = to_call(block)
             self.by_call[block.id] = inference
+            return True
+        if kind == "text":
+            text, known = block.text, inference.texts
+        elif kind == "thinking":
+            text, known = block.thinking, inference.thinking
         else:
-            self.blocks[block.type] += 1
+            self.blocks[kind] += 1
             return False
+        if not text or text in known:
+            return False
+        known.append(text)
         return True
 
     def _user(self, record: Line, line: int) -> str | None:
@@ -201,28 +201,23 @@ class Builder:
 
     def finish(self) -> None:
         """Lay the items out as chat messages: an action, then the results of its calls, in call order."""
-        starts, missing = [], False
-        for position, item in enumerate(self.items):
-            starts.append(len(self.messages))
+        messages, starts, missing = self.messages, [], False
+        for item in self.items:
+            starts.append(len(messages))
             if isinstance(item, UserText):
                 if item.injected:
-                    self.injected.append([len(self.messages), item.injected])
-                self.messages.append(Message(role="user", content=item.content))
+                    self.injected.append([len(messages), item.injected])
+                messages.append(Message(role="user", content=item.content))
                 continue
             self._step(item, starts, missing)
-            last = position == len(self.items) - 1
             for call in item.calls.values():
                 result = item.results.get(call.id)
                 if result is None:
                     missing = True
-                    if last:
+                    if item is self.items[-1]:
                         continue
-                self.messages.append(
-                    Message(
-                        role="tool", content=NO_RESULT if result is None else result.content,
-                        tool_call_id=call.id, name=call.name,
-                    )
-                )  # fmt: skip
+                text = NO_RESULT if result is None else result.content
+                messages.append(Message(role="tool", content=text, tool_call_id=call.id, name=call.name))
 
     def _step(self, item: Inference, starts: list[int], missing: bool) -> None:
         action = Message(
@@ -232,26 +227,27 @@ class Builder:
         self.messages.append(action)
         if not item.own:
             return
-        inexact = [*item.inexact, *(["missing_result"] if missing else [])]
+        inexact = [*item.inexact, "missing_result"] if missing else item.inexact.copy()
         results = [item.results.get(c) or ToolResult(call_id=c, content="", status=Status.MISSING) for c in item.calls]
-        start = starts[item.start] if item.start < len(starts) else 0
         reason = not_trainable(item, action, results)
         self.steps.append(
             Step(
-                index=len(self.steps), action=len(self.messages) - 1, state_start=start, results=results,
+                index=len(self.steps), action=len(self.messages) - 1, results=results, inexact=inexact,
+                state_start=starts[item.start] if item.start < len(starts) else 0,
                 source_ref=SourceRef(file=self.source, line=item.node.line), history_exact=not inexact,
-                inexact=inexact, model=item.node.record.message.model, trainable=reason is None,
-                not_trainable_reason=reason,
+                model=item.node.record.message.model, trainable=reason is None, not_trainable_reason=reason,
             )
         )  # fmt: skip
 
     def usage(self) -> dict[str, int]:
         """Token counts over the inferences; of split lines the last one counts."""
-        total: Counter[str] = Counter()
+        total: dict[str, int] = {}
         for item in self.items:
             if isinstance(item, Inference) and item.own:
-                total.update({k: v for k in USAGE if isinstance(v := item.usage.get(k), int)})
-        return dict(total)
+                for name in USAGE:
+                    if isinstance(count := item.usage.get(name), int):
+                        total[name] = total.get(name, 0) + count
+        return total
 
 
 def not_trainable(item: Inference, action: Message, results: list[ToolResult]) -> str | None:
@@ -261,8 +257,11 @@ def not_trainable(item: Inference, action: Message, results: list[ToolResult]) -
         return "api_error"
     if record.message.model == "<synthetic>":
         return "synthetic"
-    if item.interrupted or any(r.status is Status.INTERRUPTED for r in results):
+    if item.interrupted:
         return "interrupted"
+    for result in results:
+        if result.status is Status.INTERRUPTED:
+            return "interrupted"
     if not action.content and not action.tool_calls:
         return "empty_action"
     return None

@@ -79,7 +79,15 @@ class Line(msgspec.Struct, gc=False):
     toolUseResult: Outcome | str | int | float | bool | list[Any] | None = None
 
 
-_decoder = msgspec.json.Decoder(Line)
+_decode = msgspec.json.Decoder(Line).decode
+
+
+def decode_batch(lines: list[bytes | None]) -> list[Line] | None:
+    """Return the record of each line, or None when not every line is one whole record (see `decode_line`)."""
+    try:
+        return list(map(_decode, lines))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, TypeError):
+        return None
 
 
 def decode_line(raw: bytes | None) -> tuple[list[Line], list[Damage]]:
@@ -89,7 +97,7 @@ def decode_line(raw: bytes | None) -> tuple[list[Line], list[Damage]]:
     """
     try:
         if raw is not None:
-            return [_decoder.decode(raw)], []
+            return [_decode(raw)], []
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         pass
     objects, damage = decode_objects(raw)

@@ -7,8 +7,10 @@ order and never by a walk from the leaf to the root.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass, field
+
+import msgspec
 
 from composer_plugins.traces.claude_code_records import Line, blocks_of
 from composer_plugins.traces.copies import Seen
@@ -24,8 +26,7 @@ INTERRUPTED = "[Request interrupted"
 Key = tuple[str, str | None]
 
 
-@dataclass(slots=True, eq=False)
-class Node:
+class Node(msgspec.Struct, eq=False):
     """A record that takes part in the conversation. `kind`: user, assistant, compact or micro."""
 
     record: Line
@@ -37,6 +38,8 @@ class Node:
     #: `parentUuid` names a record that the file does not have.
     dangling: bool = False
     dropped: bool = False
+    #: Another record of the conversation comes right after it.
+    followed: bool = False
 
     @property
     def answers(self) -> bool:
@@ -70,8 +73,7 @@ def injected_kind(record: Line) -> str | None:
 class Conversation:
     """The records of one session, or of one sub-agent of it, in file order."""
 
-    session_id: str
-    agent_id: str | None
+    key: Key
     nodes: list[Node] = field(default_factory=list)
     #: Records of an earlier session of the same file that this one resumed: context, not its own steps.
     prefix: list[Node] = field(default_factory=list)
@@ -85,11 +87,18 @@ class Conversation:
     attachments: list[int] = field(default_factory=list)
     #: Sub-agent → the call that started it.
     sub_agents: dict[str, str] = field(default_factory=dict)
+    #: Several records come after the same one: an older branch may have been rewound.
+    forked: bool = False
 
     @property
-    def key(self) -> Key:
-        """What the conversation is found by."""
-        return self.session_id, self.agent_id
+    def session_id(self) -> str:
+        """The session, "" when the records name none."""
+        return self.key[0]
+
+    @property
+    def agent_id(self) -> str | None:
+        """The sub-agent, None for the session itself."""
+        return self.key[1]
 
 
 class Forest:
@@ -128,14 +137,20 @@ class Forest:
 
     def add(self, record: Line, line: int, kind: str) -> Node:
         """Add a record of the conversation."""
-        key = (record.sessionId or "", self._chain(record) if record.isSidechain else None)
+        home = self._home((record.sessionId or "", self._chain(record) if record.isSidechain else None))
         parent = record.parentUuid or (record.logicalParentUuid if kind == "compact" else None)
-        above, dangling = (None, False) if parent is None else self._resolve(parent)
+        above, dangling = None, False
+        if parent is not None:
+            above = self.by_uuid.get(parent)
+            if above is None:
+                above, dangling = self._resolve(parent)
         if kind == "compact" and record.parentUuid is None:
             dangling = False  # the context starts anew here, whatever was before
-        node = Node(record, line, self._count, kind, key, above, dangling)
+        node = Node(record, line, self._count, kind, home.key, above, dangling)
         self._count += 1
-        home = self._home(key)
+        if above is not None and above.key == home.key and kind != "micro":
+            home.forked = home.forked or above.followed
+            above.followed = True
         if not home.nodes:
             home.past = self._resumed(node)
         home.nodes.append(node)
@@ -150,7 +165,7 @@ class Forest:
     def _home(self, key: Key) -> Conversation:
         home = self.conversations.get(key)
         if home is None:
-            home = self.conversations[key] = Conversation(*key)
+            home = self.conversations[key] = Conversation(key)
             self._of_session[key[0]].append(home)
         return home
 
@@ -244,18 +259,16 @@ class Forest:
 
 def _drop_rewound(conversation: Conversation) -> None:
     """A new prompt (or a new model answer) beside an older one replaces it, if the older branch ended."""
-    inside = [n for n in conversation.nodes if n.parent is not None and n.parent.key == conversation.key]
-    counts = Counter(n.parent.order for n in inside if n.kind != "micro")
-    forks = {order for order, count in counts.items() if count > 1}
-    if not forks:
+    if not conversation.forked:
         return
+    inside = [n for n in conversation.nodes if n.parent is not None and n.parent.key == conversation.key]
     children: defaultdict[int, list[Node]] = defaultdict(list)
     last = {node.order: node.order for node in conversation.nodes}
     for node in inside:
         children[node.parent.order].append(node)
     for node in reversed(inside):  # a child always comes after its parent
         last[node.parent.order] = max(last[node.parent.order], last[node.order])
-    for order in sorted(forks):
+    for order in sorted(order for order, nodes in children.items() if len(nodes) > 1):
         older: list[Node] = []
         for node in children[order]:
             for replaced in [n for n in older if last[n.order] < node.order and _replaces(node, n)]:

@@ -5,31 +5,49 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from composer_plugins.errors import TraceError
-from composer_plugins.plugins import PluginManager, get_plugin_manager
-from composer_plugins.traces.base import TraceReader
-from composer_plugins.traces.copies import CopyDetector
-from composer_plugins.traces.ledger import DAMAGE, Ledger
-from composer_plugins.traces.schema import Trace
-from composer_plugins.traces.store import Manifest, file_sha256, write_stage
+import msgspec
 
-HEAD = 64 * 1024
+from composer_plugins.errors import ConfigError, TraceError
+from composer_plugins.plugins import PluginManager
+from composer_plugins.traces.copies import CopyDetector, StepKeys, mark_copies, step_keys
+from composer_plugins.traces.find import HEAD, find_companion, find_logs, find_reader, stage_file
+from composer_plugins.traces.ledger import Ledger
+from composer_plugins.traces.read_file import FileOutcome, FileReport, Job, read_file
+from composer_plugins.traces.schema import Step, Trace
+from composer_plugins.traces.store import Manifest, write_stage
+
+__all__ = [
+    "HEAD",
+    "Cleaner",
+    "FileReport",
+    "Report",
+    "find_companion",
+    "find_logs",
+    "find_reader",
+    "ingest",
+    "read_logs",
+]
 
 
-@dataclass
-class FileReport:
-    """What one log file gave. `skipped` counts the records that led to nothing, by reason."""
+class Cleaner(Protocol):
+    """Last change to every trace and to the manifest, such as the removal of secrets.
 
-    path: Path
-    format: str
-    read: int = 0
-    used: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)
-    damaged: int = 0
-    traces: int = 0
-    steps: int = 0
+    With several processes each has a copy (it must pickle); what the copies report comes back file by file.
+    """
+
+    def scrub_trace(self, trace: Trace) -> Trace:
+        """Return the trace as it is to be written. It depends on nothing but the trace."""
+
+    def scrub_manifest(self, manifest: Manifest) -> None:
+        """Change the manifest, when all traces are through."""
+
+    def take_report(self) -> Any:
+        """Return what was changed since the last call, and begin a new report."""
+
+    def add_report(self, report: Any) -> None:
+        """Add what a copy's `take_report` gave for the next file."""
 
 
 @dataclass
@@ -55,190 +73,59 @@ class Report:
         """How many files were read as logs."""
         return len(self.read_files)
 
-
-def find_reader(path: Path, *, manager: PluginManager | None = None) -> TraceReader:
-    """Return the reader whose format the file has.
-
-    Raises:
-        TraceError: the file is missing, empty, binary or of a format that no reader knows.
-    """
-    head = _head(path)
-    registry = (manager or get_plugin_manager()).trace_readers
-    broken = ""
-    for entry in registry:
-        reader = entry.load()
-        try:
-            if reader.sniff(head):
-                return reader
-        except Exception as error:  # a plugin's bug must not keep other readers from their files
-            broken += f" The reader {entry.name!r} failed on it ({type(error).__name__}: {error}): report that bug."
-    kind = "binary data" if _is_binary(head) else f"a file that starts with {head[:40]!r}"
-    raise TraceError(
-        f"{path} is of no known log format: found {kind}. Formats that can be read: "
-        f"{', '.join(sorted(entry.name for entry in registry))}. Pass the agent's own session log "
-        "(Claude Code: ~/.claude/projects/<project>/<session>.jsonl), or install a plugin that reads this format."
-        f"{broken}"
-    )
-
-
-def find_companion(path: Path, *, manager: PluginManager | None = None) -> str | None:
-    """Return what a file is that is no log but belongs to one (one word), or None."""
-    head = _head(path)
-    for entry in (manager or get_plugin_manager()).trace_readers:
-        companion = getattr(entry.load(), "companion", None)
-        if companion is not None and (word := companion(head)):
-            return word
-    return None
-
-
-def _head(path: Path) -> bytes:
-    if not path.exists():
-        raise TraceError(f"Expected an agent log at {path}: there is no such file. Check the path.")
-    if not path.is_file():
-        raise TraceError(f"Expected an agent log at {path}: it is not a regular file.")
-    try:
-        with path.open("rb") as file:
-            head = file.read(HEAD)
-    except OSError as error:
-        raise TraceError(f"{path} cannot be read: {error.strerror}. Check its permissions.") from error
-    if not head.strip():
-        raise TraceError(f"{path} is empty: expected an agent log with at least one record.")
-    return head
-
-
-def _is_binary(head: bytes) -> bool:
-    if b"\x00" in head:
-        return True
-    try:
-        head.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return error.start < len(head) - 4  # a character cut by the end of the head is fine
-    return False
-
-
-def find_logs(paths: Iterable[Path]) -> list[tuple[Path, bool]]:
-    """Return (file, named by the user) for every file in `paths`; folders are searched, hidden files skipped.
-
-    Raises:
-        TraceError: a path does not exist, or a folder has no files.
-    """
-    found: dict[Path, bool] = {}
-    for path in paths:
-        if path.is_dir():
-            inside = [p for p in sorted(path.rglob("*")) if p.is_file() and not _hidden(p, path)]
-            if not inside:
-                raise TraceError(f"The folder {path} has no files in it: pass a log or a folder of logs.")
-            for file in inside:
-                found.setdefault(file, False)
-        elif path.exists():
-            found[path] = True
+    def add(self, path: Path, outcome: FileOutcome) -> None:
+        """Take over how the reading of a file ended."""
+        if outcome.companion:
+            self.companions[str(path)] = outcome.companion
+        elif outcome.refused:
+            self.refused[str(path)] = outcome.refused
         else:
-            raise TraceError(f"Expected an agent log at {path}: there is no such file or folder. Check the path.")
-    return list(found.items())
+            self.ledger.add(outcome.ledger)
+            self.read_files.append(outcome.report)
+            self.traces += outcome.report.traces
+            self.steps += outcome.report.steps
+            self.manifest.inputs[str(path)] = outcome.sha256
 
 
-def _hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
+class _Finish:
+    """What the traces of one file need to know of the files before it: ids are made unique, and copies marked."""
 
+    def __init__(self, report: Report) -> None:
+        self.report = report
+        self._copies, self._names = CopyDetector(), set()
 
-class _Run:
-    """One pass over the logs. Every trace that leaves it went through `_finish`.
+    def trace(self, trace: Trace) -> None:
+        """Finish a trace in place."""
+        trace.id = self._unique(trace.id)
+        mark_copies(trace.steps, self._copied(step_keys(trace)))
 
-    Args:
-        allow_damaged: read what is whole of a damaged file that the user named (files of a folder always are).
-        prepare: see `ingest`.
-    """
+    def line(self, trace_id: str, keys: list[StepKeys], line: bytes) -> msgspec.Raw:
+        """Finish a trace that another process has encoded: only what changes is decoded."""
+        new_id, copied = self._unique(trace_id), self._copied(keys)
+        if new_id == trace_id and not copied:
+            return msgspec.Raw(line)
+        fields = msgspec.json.decode(line, type=dict[str, msgspec.Raw])
+        fields["id"] = msgspec.Raw(msgspec.json.encode(new_id))
+        if copied:
+            steps = msgspec.json.decode(fields["steps"], type=list[Step])
+            mark_copies(steps, copied)
+            fields["steps"] = msgspec.Raw(msgspec.json.encode(steps))
+        return msgspec.Raw(msgspec.json.encode(fields))
 
-    def __init__(
-        self,
-        report: Report,
-        manager: PluginManager | None,
-        allow_damaged: bool,
-        prepare: Callable[[Trace], Trace] | None,
-    ) -> None:
-        self.report, self.manager, self.allow_damaged, self.prepare = report, manager, allow_damaged, prepare
-        self.copies, self.names = CopyDetector(), set()
+    def _copied(self, keys: list[StepKeys]) -> list[int]:
+        copied = self._copies.copied(keys)
+        self.report.copied_steps += len(copied)
+        return copied
 
-    def file(self, path: Path, named: bool) -> Iterator[Trace]:
-        """Yield the traces of one file and account for it."""
-        try:
-            reader = find_reader(path, manager=self.manager)
-            yield from self._traces(path, reader, named)
-        except TraceError as error:
-            if named:
-                raise
-            if word := self._companion(path):
-                self.report.companions[str(path)] = word
-            else:
-                self.report.refused[str(path)] = str(error)
-
-    def _companion(self, path: Path) -> str | None:
-        try:
-            return find_companion(path, manager=self.manager)
-        except TraceError:
-            return None
-
-    def _traces(self, path: Path, reader: TraceReader, named: bool) -> Iterator[Trace]:
-        ledger, file = Ledger(read=0, used=0), FileReport(path, reader.name)
-        for trace in _guarded(reader, path, ledger):
-            file.traces += 1
-            file.steps += len(trace.steps)
-            yield self._finish(trace)
-        if not ledger.balanced():
-            raise TraceError(
-                f"{path}: the reader {reader.name!r} read {ledger['read']} records but accounts for "
-                f"{ledger['used']} used and {ledger.skipped()} set aside. This is a bug of the reader: report it."
-            )
-        file.read, file.used, file.skipped = ledger["read"], ledger["used"], ledger.skipped()
-        file.damaged = ledger.problems.damage
-        self.report.ledger.add(ledger)
-        if ledger.problems.damage and named and not self.allow_damaged:
-            raise TraceError(_damage_message(path, ledger))
-        self.report.read_files.append(file)
-        self.report.traces += file.traces
-        self.report.steps += file.steps
-        self.report.manifest.inputs[str(path)] = file_sha256(path)
-
-    def _finish(self, trace: Trace) -> Trace:
-        """The one way to the output: ids are made unique, copies marked, and `prepare` comes last."""
-        self.report.renamed += self._make_unique(trace)
-        self.report.copied_steps += self.copies.mark(trace)
-        return trace if self.prepare is None else self.prepare(trace)
-
-    def _make_unique(self, trace: Trace) -> bool:
+    def _unique(self, base: str) -> str:
         """Number a trace id that another file has used (one session can be spread over files)."""
-        base, number = trace.id, 2
-        while trace.id in self.names:
-            trace.id = f"{base}#{number}"
+        name, number = base, 2
+        while name in self._names:
+            name = f"{base}#{number}"
             number += 1
-        self.names.add(trace.id)
-        return trace.id != base
-
-
-def _guarded(reader: TraceReader, path: Path, ledger: Ledger) -> Iterator[Trace]:
-    """The traces of a file; what a reader (perhaps of a third party) should not raise becomes a clear refusal."""
-    try:
-        yield from reader.read(path, ledger)
-    except (TraceError, GeneratorExit):
-        raise
-    except OSError as error:
-        raise TraceError(f"{path} cannot be read: {error.strerror or error}. Check the file and its disk.") from error
-    except Exception as error:
-        raise TraceError(
-            f"{path}: the reader {reader.name!r} failed with {type(error).__name__}: {error}. This is a bug of the "
-            "reader: report it with the file."
-        ) from error
-
-
-def _damage_message(path: Path, ledger: Ledger) -> str:
-    places, total = [p for p in ledger.problems if p.reason in DAMAGE][:5], ledger.problems.damage
-    shown = "\n".join(f"- {problem}" for problem in places)
-    more = f"\n- ... and {total - len(places)} more" if total > len(places) else ""
-    return (
-        f"{path} is damaged in {total} place(s), expected one whole record after another:\n{shown}{more}\n"
-        "Fix: let the session end if it is still being written, or repair or delete the lines named here; or pass "
-        "--allow-damaged to read everything that is whole and list the rest. Nothing was written."
-    )
+        self._names.add(name)
+        self.report.renamed += name != base
+        return name
 
 
 def read_logs(
@@ -248,7 +135,7 @@ def read_logs(
     manager: PluginManager | None = None,
     progress: Callable[[Path, int], None] | None = None,
     allow_damaged: bool = False,
-    prepare: Callable[[Trace], Trace] | None = None,
+    scrubber: Cleaner | None = None,
 ) -> Iterator[Trace]:
     """Yield the traces of files and folders, and fill `report` (see `ingest` for the arguments).
 
@@ -257,11 +144,43 @@ def read_logs(
     Raises:
         TraceError: see `find_logs` and `find_reader`; a named file is damaged.
     """
-    run = _Run(report, manager, allow_damaged, prepare)
-    for path, named in find_logs([Path(p) for p in paths]):
-        yield from run.file(path, named)
+    yield from _read(find_logs([Path(p) for p in paths]), report, manager, progress, allow_damaged, scrubber)
+
+
+def _read(
+    logs: list[tuple[Path, bool]], report: Report, manager: PluginManager | None,
+    progress: Callable[[Path, int], None] | None, allow_damaged: bool, scrubber: Cleaner | None,
+) -> Iterator[Trace]:  # fmt: skip
+    finish = _Finish(report)
+    for path, named in logs:
+        outcome = FileOutcome()
+        for trace in read_file(Job(path, named, allow_damaged), outcome, manager):
+            finish.trace(trace)
+            yield trace if scrubber is None else scrubber.scrub_trace(trace)
+        report.add(path, outcome)
         if progress is not None:
             progress(path, path.stat().st_size)
+
+
+def _read_in_processes(
+    logs: list[tuple[Path, bool]], report: Report, output: Path, jobs: int, allow_damaged: bool,
+    scrubber: Cleaner | None, progress: Callable[[Path, int], None] | None,
+) -> Iterator[msgspec.Raw]:  # fmt: skip
+    """The same as `read_logs`, with the files read by several processes; the traces come encoded."""
+    from composer_plugins.traces.processes import read_files
+
+    finish = _Finish(report)
+    with read_files(
+        [Job(path, named, allow_damaged) for path, named in logs], jobs, scrubber, output.parent
+    ) as results:
+        for (path, _), result in zip(logs, results, strict=True):
+            for trace_id, keys, line in result.traces():
+                yield finish.line(trace_id, keys, line)
+            if scrubber is not None:
+                scrubber.add_report(result.cleaned)
+            report.add(path, result.outcome)
+            if progress is not None:
+                progress(path, path.stat().st_size)
 
 
 def ingest(
@@ -271,18 +190,19 @@ def ingest(
     manager: PluginManager | None = None,
     progress: Callable[[Path, int], None] | None = None,
     allow_damaged: bool = False,
-    prepare: Callable[[Trace], Trace] | None = None,
-    seal: Callable[[Manifest], None] | None = None,
+    scrubber: Cleaner | None = None,
+    jobs: int = 1,
 ) -> Report:
     """Read logs into the traces stage file `output`.
 
     Args:
         paths: log files and folders of logs.
         output: the stage file to write; its manifest is written beside it.
+        manager: the readers; default: the installed ones, and the only choice with `jobs` > 1.
         progress: called with (file, its size in bytes) after each file.
         allow_damaged: accept damage in files that were named: what is whole is read, the rest listed.
-        prepare: last change to every trace before it is written, e.g. the removal of secrets.
-        seal: last change to the manifest, when all traces are through, e.g. to say that secrets were removed.
+        scrubber: last change to every trace before it is written, and to the manifest.
+        jobs: processes that read and scrub; the result is the same, byte for byte, whatever their number.
 
     Returns:
         What was read, used and set aside, file by file, and which places are damaged.
@@ -290,29 +210,36 @@ def ingest(
     Raises:
         TraceError: a named file cannot be read or is damaged, or nothing in the folders could be read; the
             output is then left as it was before.
+        ConfigError: `jobs` is below 1, or above 1 with a `manager`.
     """
+    if jobs < 1 or (jobs > 1 and manager is not None):
+        raise ConfigError(f"Expected jobs of 1 or more (1 with a plugin manager of your own), found {jobs}.")
     output = Path(output)
     ledger = Ledger(read=0, used=0)
     report = Report(Manifest(stage="ingest", record=Trace.__name__, written=0), ledger)
+    logs = []
     for path, named in find_logs([Path(p) for p in paths]):  # before anything is written
         if named:
             find_reader(path, manager=manager)
-        if path.resolve() == output.resolve():
+        if path.resolve() != output.resolve():
+            logs.append((path, named))
+        elif named or not stage_file(path):
             raise TraceError(f"The output {output} is also an input: choose another output file.")
-    traces = read_logs(
-        paths, report, manager=manager, progress=progress, allow_damaged=allow_damaged, prepare=prepare
-    )  # fmt: skip
-    write_stage(output, _at_least_one(traces, report, seal), report.manifest, counts=ledger, keep_earlier=True)
+    if jobs == 1:
+        traces = _read(logs, report, manager, progress, allow_damaged, scrubber)
+    else:
+        traces = _read_in_processes(logs, report, output, jobs, allow_damaged, scrubber, progress)
+    write_stage(output, _at_least_one(traces, report, scrubber), report.manifest, counts=ledger, keep_earlier=True)
     return report
 
 
-def _at_least_one(traces: Iterator[Trace], report: Report, seal: Callable[[Manifest], None] | None) -> Iterator[Trace]:
+def _at_least_one(traces: Iterator[Any], report: Report, scrubber: Cleaner | None) -> Iterator[Any]:
     count = 0
     for count, trace in enumerate(traces, 1):  # noqa: B007
         yield trace
     report.manifest.options |= _options(report)
-    if seal is not None:
-        seal(report.manifest)
+    if scrubber is not None:
+        scrubber.scrub_manifest(report.manifest)
     if count:
         return
     if not report.files:

@@ -64,6 +64,10 @@ class Ledger(Counter):
         super().__init__(*args, **kwargs)
         self.problems = Problems()
 
+    def __reduce__(self) -> tuple:
+        """Pickled with its places, which a `Counter` alone would leave behind."""
+        return _restored, (dict(self), list(self.problems), self.problems.total, self.problems.damage)
+
     def skipped(self) -> dict[str, int]:
         """Reason → number of records that led to nothing."""
         return {key.split(":", 1)[1]: n for key, n in sorted(self.items()) if key.startswith("skipped:") and n}
@@ -78,3 +82,10 @@ class Ledger(Counter):
         """Take over the counts and places of another ledger (of one file)."""
         self.update(other)
         self.problems.extend(other.problems)
+
+
+def _restored(counts: dict[str, int], places: list[Problem], total: int, damage: int) -> Ledger:
+    ledger = Ledger(counts)
+    list.extend(ledger.problems, places)
+    ledger.problems.total, ledger.problems.damage = total, damage
+    return ledger

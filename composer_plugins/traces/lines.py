@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,16 @@ import msgspec
 #: Longest line that is read (bytes). A longer one is skipped without being held in memory, and counted.
 MAX_LINE = 64 * 1024 * 1024
 
+#: So many bytes are read at a time.
+_BATCH = 256 * 1024
+
 #: Deepest nesting that is kept: what is deeper could not be written again within Python's recursion limit.
 MAX_DEPTH = 200
 
 #: How many starts of an object are tried behind a damaged place, and how much is parsed doing so (× its length).
 _TRIES, _EFFORT = 1000, 16
 
+_CONTAINERS = frozenset([dict, list])
 _scanner = json.JSONDecoder()
 _decoder = msgspec.json.Decoder()
 
@@ -42,21 +46,43 @@ class Damage(msgspec.Struct):
     lost: bool = True
 
 
-def iter_lines(path: Path, *, max_line: int = MAX_LINE) -> Iterator[tuple[int, bytes | None]]:
-    r"""Yield (1-based number, bytes without the line end `\n` or `\r\n`) for every physical line.
+def iter_batches(path: Path, *, max_line: int = MAX_LINE) -> Iterator[tuple[int, list[bytes | None]]]:
+    """Yield (1-based number of the first one, lines with their ends), some hundred lines at a time.
 
     A line of more than `max_line` bytes comes as None: it is read over in pieces and never held.
     """
+    number = 1
     with path.open("rb") as file:
-        for number, raw in enumerate(iter(partial(file.readline, max_line + 1), b""), 1):
-            if raw.endswith(b"\n"):
-                yield number, raw[:-2] if raw.endswith(b"\r\n") else raw[:-1]
-            elif len(raw) > max_line:
-                del raw
-                _pass_over(file)
-                yield number, None
-            else:
-                yield number, raw
+        while block := file.read(_BATCH):
+            lines: list[bytes | None] = BytesIO(block).readlines()  # the quickest way to split
+            del block
+            if not lines[-1].endswith(b"\n"):
+                rest = file.readline(max(max_line + 1 - len(lines[-1]), 0))
+                lines[-1] += rest
+                if len(lines[-1]) > max_line and not rest.endswith(b"\n"):
+                    lines[-1] = None
+                    _pass_over(file)
+            if max_line < _BATCH or lines[-1] is None or len(lines[-1]) > max_line:
+                lines = [line if line and len(line.removesuffix(b"\n")) <= max_line else None for line in lines]
+            yield number, lines
+            number += len(lines)
+
+
+def iter_lines(path: Path, *, max_line: int = MAX_LINE) -> Iterator[tuple[int, bytes | None]]:
+    r"""Yield (1-based number, bytes without the line end `\n` or `\r\n`) for every physical line.
+
+    A line of more than `max_line` bytes comes as None.
+    """
+    for first, lines in iter_batches(path, max_line=max_line):
+        for number, raw in enumerate(lines, first):
+            yield number, raw and without_end(raw)
+
+
+def without_end(raw: bytes) -> bytes:
+    r"""Return a line without its end, `\n` or `\r\n`."""
+    if not raw.endswith(b"\n"):
+        return raw
+    return raw[:-2] if raw.endswith(b"\r\n") else raw[:-1]
 
 
 def _pass_over(file) -> None:
@@ -173,7 +199,7 @@ def _behind(text: str) -> list[Any]:
 
 def too_deep(value: Any, limit: int = MAX_DEPTH) -> bool:
     """True when lists and objects are nested deeper than `limit` (found without recursion)."""
-    if type(value) is dict and not any(isinstance(item, dict | list) for item in value.values()):
+    if type(value) is dict and not _CONTAINERS.intersection(map(type, value.values())):
         return False  # most arguments of calls
     level = [value]
     for _ in range(limit + 1):

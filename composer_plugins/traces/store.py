@@ -6,6 +6,7 @@ manifest `x.jsonl.manifest.json` that is written last: what has no manifest is n
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections import Counter
@@ -87,14 +88,24 @@ def write_stage(
         The completed manifest.
 
     Raises:
-        TraceError: the counts do not add up.
+        TraceError: the file cannot be written, or the counts do not add up.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not keep_earlier:
-        manifest_path(path).unlink(missing_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        if not keep_earlier:
+            manifest_path(path).unlink(missing_ok=True)
+    except OSError as error:
+        raise _not_written(path, error) from error
     temporary = path.with_name(path.name + ".part")
     try:
-        _write_lines(temporary, records, manifest)
+        try:
+            _write_lines(temporary, records, manifest)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", 0)):
+                raise  # what the records do is not the output's fault
+            raise _not_written(path, error) from error
         if counts is not None:
             manifest.read, manifest.used = counts["read"], counts["used"]
             manifest.skipped = {k.split(":", 1)[1]: v for k, v in sorted(counts.items()) if k.startswith("skipped:")}
@@ -111,7 +122,11 @@ def write_stage(
 
 def _write_lines(path: Path, records: Iterable[msgspec.Struct], manifest: Manifest) -> None:
     encoder, digest, written = msgspec.json.Encoder(), hashlib.sha256(), 0
-    with path.open("wb") as file:
+    try:
+        file = path.open("wb")
+    except OSError as error:
+        raise _not_written(path, error) from error
+    with file:
         for record in records:
             line = encoder.encode(record) + b"\n"
             file.write(line)
@@ -120,6 +135,12 @@ def _write_lines(path: Path, records: Iterable[msgspec.Struct], manifest: Manife
         file.flush()
         os.fsync(file.fileno())
     manifest.written, manifest.sha256 = written, digest.hexdigest()
+
+
+def _not_written(path: Path, error: OSError) -> TraceError:
+    return TraceError(
+        f"{path} cannot be written: {error.strerror or error}. Choose another output, or free space on its disk."
+    )
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:

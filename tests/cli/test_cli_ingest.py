@@ -76,6 +76,17 @@ def test_a_folder_is_one_command_that_accounts_for_every_file(tmp_path, run, fol
     assert manifest.options["files_set_aside"].popitem()[1] == "sub_agent_description"
 
 
+def test_jobs_change_nothing_but_the_time(tmp_path, run, folder, monkeypatch):
+    monkeypatch.setattr("composer_plugins.cli.ingest._A_PROCESS", 1)  # as if it were worth while
+    for name, options in (("one", ["--jobs", "1"]), ("two", ["-j", "2"]), ("default", [])):
+        code, output = run("ingest", folder, "-o", tmp_path / name / "t.jsonl", *options)
+        assert code == 0 and "traces with" in output
+    written = {(tmp_path / name / "t.jsonl").read_bytes() for name in ("one", "two", "default")}
+    assert len(written) == 1
+    code, output = run("ingest", folder, "-o", tmp_path / "t.jsonl", "--jobs", "0")
+    assert code == 2 and "--jobs" in output
+
+
 def test_a_sub_agent_knows_its_session_and_its_description(tmp_path, run, folder):
     run("ingest", folder, "-o", tmp_path / "t.jsonl")
     traces = {trace.id: trace for trace in read_stage(tmp_path / "t.jsonl", Trace)}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pickle
+import re
 import stat
 import string
 import subprocess
@@ -68,8 +70,11 @@ def test_the_owner_in_a_listing_is_the_user_of_the_path():
 
 def test_texts_are_searched_together_and_do_not_run_into_each_other():
     scrubber, key = Scrubber(salt=SALT), "hf_" + "aBcDeFgHiJkLmNoPqRsTuVwXyZaBcDeFgH"
-    _, suspects = scrubber._text.prepare(["an end without a stop", key, 'password="', "clean"])
-    assert suspects == {key}
+    texts = ["an end without a stop", key, 'password="', "clean", "hf", "_" + key[3:]]
+    rules = scrubber._text.prepare(texts).rules
+    assert set(rules) == {key, 'password="', "_" + key[3:]}
+    assert [token.prefix for token in rules[key][0].tokens] == ["hf_"]
+    assert rules['password="'][0].anchors == ("pass",) and rules["_" + key[3:]][0].tokens == ()
 
 
 @pytest.mark.parametrize(
@@ -198,7 +203,7 @@ def test_the_report_counts_and_never_holds_a_value():
 @pytest.mark.filterwarnings("ignore")
 def test_no_gate_hides_what_a_plugin_would_find(detector):
     """Texts made from each plugin's own patterns pass the literals and lengths that stand in front of it."""
-    from composer_plugins.scrub.detectors import longest_word
+    from composer_plugins.scrub.detectors import LENGTHS, LONG, longest_word
 
     @settings(max_examples=20, deadline=None, database=None, derandomize=True)
     @given(st.data())
@@ -213,7 +218,12 @@ def test_no_gate_hides_what_a_plugin_would_find(detector):
             return
         assert longest_word(text) >= detector.longest, text
         assert detector.gate is None or detector.gate.search(lower(text)), text
+        words = re.findall("[A-Za-z0-9_.-]+", text)
+        signs = {kind for kind, length in LENGTHS.items() if any(len(word) >= length for word in words)}
+        signs |= {literal for literal in detector.literals if literal in lower(text)}
+        assert detector.literals & signs, text
         assert list(detector.spans(text, lower(text))), text
+        assert list(detector.spans(text, lower(text), [w for w in words if len(w) >= LONG])), text
 
     check()
 
@@ -270,3 +280,44 @@ def test_no_text_takes_more_than_linear_time(name):
     start = time.process_time()
     Scrubber(salt=SALT).scrub_text(HOSTILE[name])
     assert time.process_time() - start < 10
+
+
+# What is remembered from record to record
+
+
+def one_message(*texts):
+    messages = [schema.Message(role="user", content=text) for text in texts]
+    return schema.Trace(id="t", format="f", steps=[], messages=messages)
+
+
+def test_the_name_of_a_project_folder_depends_on_the_other_texts_of_the_record():
+    scrubber, folder = Scrubber(salt=SALT), "see -Users-jane-doe-app/x"
+    alone = scrubber.scrub_trace(one_message(folder)).messages[0].content
+    assert alone.endswith("-doe-app/x")  # nothing says that the name goes on
+    first, second = scrubber.scrub_trace(one_message(folder, "/Users/jane-doe/y")).messages
+    assert first.content.endswith("-app/x") and "doe" not in first.content + second.content
+
+
+@pytest.mark.parametrize("limit", [0, 50, 10**9])
+def test_what_is_remembered_changes_no_result_and_no_count(limit, monkeypatch):
+    monkeypatch.setattr("composer_plugins.scrub.text._REMEMBERED", limit)
+    texts = [f"mail jane{n % 3}@corp.dev or PASSWORD=hunter{n % 3}hunter /home/jane/{n % 4}" for n in range(12)]
+    together, apart, kinds = Scrubber(salt=SALT), [], types.SimpleNamespace(total=0)
+    for end in range(1, len(texts)):
+        trace = one_message(*texts[:end], KEY)
+        fresh = Scrubber(salt=SALT)
+        apart.append(fresh.scrub_trace(trace))
+        assert together.scrub_trace(trace) == apart[-1]
+        kinds.total += sum(fresh.report.kinds.values())
+    assert sum(together.report.kinds.values()) == kinds.total > 50
+    assert together.report.records == together.report.changed == len(apart)
+
+
+def test_reports_of_copies_add_up_as_if_one_had_done_it_all():
+    traces = [one_message(f"/home/jane/{n} PASSWORD=hunter{n % 2}hunter") for n in range(4)]
+    one, sum_of, copy = Scrubber(salt=SALT), Scrubber(salt=SALT), pickle.loads(pickle.dumps(Scrubber(salt=SALT)))
+    for trace in traces:
+        assert one.scrub_trace(trace) == copy.scrub_trace(trace)
+        sum_of.add_report(copy.take_report())
+    assert sum_of.report == one.report and sum_of.report.rows() == one.report.rows()
+    assert copy.fingerprint == one.fingerprint and copy.report.records == 0

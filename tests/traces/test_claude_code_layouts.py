@@ -118,7 +118,7 @@ def test_damage_in_one_session_leaves_the_histories_of_another_alone(tmp_path, r
 
 
 def test_a_line_too_long_is_counted_and_named(tmp_path, read_log, monkeypatch):
-    monkeypatch.setattr(lines.iter_lines, "__kwdefaults__", {"max_line": 5000})
+    monkeypatch.setattr(lines.iter_batches, "__kwdefaults__", {"max_line": 5000})
     log = Log()
     log.user("task")
     log.assistant(call("c1"), id="m1")

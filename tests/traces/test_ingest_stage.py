@@ -285,16 +285,21 @@ def test_files_that_belong_to_a_log_are_no_unknown_files(tmp_path):
         ingest([tmp_path / "logs/b"], tmp_path / "t.jsonl", manager=managed(reader))
 
 
-def test_every_trace_passes_through_prepare_last(tmp_path):
+def test_every_trace_passes_through_the_scrubber_last(tmp_path):
     session(tmp_path)
 
-    def prepare(trace):
-        assert trace.id == "s1"
-        trace.messages[0].content = "changed"
-        return trace
+    class Cleaner:
+        def scrub_trace(self, trace):
+            assert trace.id == "s1"
+            trace.messages[0].content = "changed"
+            return trace
 
-    ingest([tmp_path / "a.jsonl"], tmp_path / "t.jsonl", prepare=prepare)
+        def scrub_manifest(self, manifest):
+            manifest.scrubbed = "cleaned"
+
+    ingest([tmp_path / "a.jsonl"], tmp_path / "t.jsonl", scrubber=Cleaner())
     assert [t.messages[0].content for t in read_stage(tmp_path / "t.jsonl", Trace)] == ["changed"]
+    assert read_manifest(tmp_path / "t.jsonl").scrubbed == "cleaned"
 
 
 def test_many_keys_are_remembered_in_little_memory():
@@ -308,3 +313,26 @@ def test_many_keys_are_remembered_in_little_memory():
     assert sum(map(len, seen._buckets.values())) == len(keys)
     assert all(key in seen for key in keys[::100])
     assert not any(rng.getrandbits(64) in seen for _ in range(1000))
+
+
+def test_the_output_may_be_in_the_folder_that_is_read(tmp_path):
+    session(tmp_path)
+    for _ in range(3):  # the first time it is not there yet, then it is, with its manifest, and beside another one
+        report = ingest([tmp_path], tmp_path / "t.jsonl")
+        assert (report.files, report.traces, report.copied_steps, report.refused) == (1, 1, 0, {})
+        report = ingest([tmp_path], tmp_path / "other.jsonl")
+        assert (report.files, report.traces) == (1, 1)
+    assert set(report.companions.values()) == {"file_of_ours"} and len(report.companions) == 3
+    with pytest.raises(TraceError, match="also an input"):
+        ingest([tmp_path, tmp_path / "t.jsonl"], tmp_path / "t.jsonl")
+    (tmp_path / "t.jsonl.manifest.json").unlink()  # then it may be anybody's
+    with pytest.raises(TraceError, match="also an input"):
+        ingest([tmp_path], tmp_path / "t.jsonl")
+
+
+def test_an_output_that_cannot_be_written_is_a_clear_error(tmp_path):
+    session(tmp_path)
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file/t.jsonl", tmp_path):
+        with pytest.raises(TraceError, match=r"cannot be written: .*Choose another output"):
+            ingest([tmp_path / "a.jsonl"], output)

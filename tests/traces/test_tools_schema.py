@@ -49,3 +49,17 @@ def test_required_means_present_in_every_call():
         "required": ["path"],
     }
     assert tools["Broken"] == {"name": "Broken", "parameters": {"type": "object", "properties": {}}}
+
+
+def test_the_schema_does_not_depend_on_how_calls_are_counted():
+    """Calls with the same keys and types are looked at once; with a list in them, one by one."""
+    flat = [{"path": "a", "n": None}, {"path": "b", "n": None}, {"path": "c"}, {}]
+    for arguments in (flat[:3], flat):
+        calls = [ToolCall(id=str(k), name="T", arguments=a) for k, a in enumerate(arguments)]
+        nested = [ToolCall(id=c.id, name="T", arguments={**c.arguments, "list": [1]}) for c in calls]
+        quick = infer_tools([Message(role="assistant", tool_calls=calls)])["T"]["parameters"]
+        slow = infer_tools([Message(role="assistant", tool_calls=nested)])["T"]["parameters"]
+        assert slow["properties"].pop("list") == {"type": "array", "items": {"type": "integer"}}
+        slow["required"].remove("list")
+        assert quick.get("required", []) == slow["required"] == (["path"] if len(arguments) == 3 else [])
+        assert quick["properties"] == slow["properties"] == {"n": {"type": "null"}, "path": {"type": "string"}}

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,14 @@ def oracle():
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tools_of_one_file():
+    """verl keeps function tools by name for the whole process, and refuses another file's tool of the same name."""
+    yield
+    if "verl.tools.function_tool" in sys.modules:
+        sys.modules["verl.tools.function_tool"].FUNCTION_TOOL_REGISTRY.clear()
 
 
 class Batch:

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m pytest -m slow tests/verl/test_verl_vllm.py
 
-Two runs of three steps, about three minutes each on 2 cores.
+Two runs of three steps, about five minutes each on 2 cores.
 """
 
 import importlib.metadata
