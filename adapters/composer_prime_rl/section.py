@@ -103,6 +103,11 @@ def refuse_unsupported(options: LossOptions) -> None:
     """Raise `UnsupportedError` for options that prime-rl's seams cannot give; nothing is approximated silently."""
     section = options.composer
     problems = [*_policy_problems(options), *_sdpo_problems(options)]
+    problems += [
+        f"composer.channels.{name}: plugins' channels do not run on prime-rl yet; take it out, or set its weight to 0."
+        for name, extra in section.channels.items()
+        if extra.weight > 0
+    ]
     if section.outer.sync_every > 0:
         problems.append(
             "composer.outer.sync_every above 0: the loss gets its arguments after the optimizer was built; set the outer "

@@ -106,6 +106,11 @@ def refuse_unsupported(section: ComposerConfig, *, channels: bool = False) -> No
     """
     kl = section.policy.kl
     problems = [] if channels else refuse_channels(section)
+    problems += [
+        f"composer.channels.{name}: plugins' channels do not run on verl yet; take it out, or set its weight to 0."
+        for name, extra in section.channels.items()
+        if extra.weight > 0
+    ]
     if kl.coef > 0 and kl.placement == "reward":
         problems.append(
             "composer.policy.kl: verl has this itself; set algorithm.use_kl_in_reward=true algorithm.kl_penalty=kl "

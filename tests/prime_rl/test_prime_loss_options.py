@@ -88,6 +88,7 @@ def test_strings_of_the_command_line_become_what_they_say():
         ({"composer": {"sdpo": {**LIVE, "temperature": 1.1}}}, "temperature"),
         ({"composer": {"sdpo": {**LIVE, "level": "topk"}}}, "best that this host offers is sampled"),
         ({"composer": {"sdpo": {**LIVE, "denominator_floor": 10}}}, "denominator_floor"),
+        ({"composer": {"channels": {"drift": {"weight": 0.1}}}}, "plugins' channels do not run on prime-rl"),
         ({"composer": {"sdpo": {**LIVE, "is_clip": 2.0}}}, "uncapped ratio"),
         ({"composer": {"outer": {"sync_every": 10}}}, "COMPOSER_OUTER"),
         ({"sdpo_route": "both"}, "sdpo_route"),

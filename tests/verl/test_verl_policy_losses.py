@@ -285,6 +285,7 @@ def test_the_sections_constant_length_wins(batch, actor, step):
         ({"policy": {"clip_low": -1}}, r"composer.policy.clip_low"),
         ({"sdpo": {"weight": 1.0}}, r"composer.sdpo.weight is 1.0, .* set trainer.v1.trainer_mode=composer"),
         ({"replay_dpo": {"weight": 1.0, "pairs": "x"}}, r"composer.replay_dpo.weight is 1.0, .* set trainer.v1.trainer_mode=composer"),
+        ({"channels": {"drift": {"weight": 0.1}}}, r"composer.channels.drift: plugins' channels do not run on verl"),
         ({"policy": {"kl": {"coef": 0.01}}}, r"algorithm.use_kl_in_reward=true .*kl_coef=0.01"),
         ({"policy": {"kl": {"coef": 0.01, "placement": "loss", "estimator": "k3"}}}, r"actor.use_kl_loss=true"),
     ],
