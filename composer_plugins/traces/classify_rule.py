@@ -93,7 +93,7 @@ class RuleSet:
         self._tied = list(tied)
         self._gate = _gate([self.rules[number].pattern.pattern for number, first in tied.items() if first])
         self._first = frozenset().union(*(first for first in tied.values() if first))
-        self._open = [self.rules[number] for number, first in tied.items() if not first]
+        self._open = [sign for number, first in tied.items() if not first for sign in self.rules[number].signs]
         self._signs, self._tail_signs = self._find_signs(tail=False), self._find_signs(tail=True)
 
     def _find_signs(self, *, tail: bool) -> Signs:
@@ -109,8 +109,10 @@ class RuleSet:
         """False when no rule about the start of a text holds."""
         if text[:1] in self._first and self._gate.match(text):
             return True
-        head = text[:_OPEN]
-        return any([rule.possible_in(head) for rule in self._open])
+        head, found = text[:_OPEN], False
+        for sign, character in self._open:
+            found = found or (character in head and sign in head)
+        return found
 
     def one_by_one(self, text: str) -> Iterator[Rule]:
         """The same as `holding`, quicker where one of the first rules is likely to hold."""

@@ -91,7 +91,8 @@ def _codex(text: str) -> tuple[str, int | None]:
 
 def untag(text: str) -> tuple[str, bool]:
     """Return (text without Claude Code's error tag, whether it had one)."""
-    if "<tool_use_error>" not in text[:200]:
+    head = text[:200]
+    if "<" not in head or "<tool_use_error>" not in head:
         return text, False
     found = _TAG.match(text)
     return (found.group(1), True) if found else (text, False)
@@ -108,6 +109,9 @@ def error_object(text: str) -> str | None:
     `{"error": ...}` in JSON or in Python's form, or an object that says of itself `"success": false` or
     `"status": "error"`.
     """
+    first = text[:1]
+    if first != "{" and not first.isspace():
+        return None
     head = text[:200].lstrip()
     if head[:1] != "{" or len(text) > 100_000 or not text.rstrip().endswith("}"):
         return None

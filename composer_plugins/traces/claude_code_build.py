@@ -25,7 +25,7 @@ NO_RESULT = "[no result in the log]"
 USAGE = ("input_tokens", "output_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
 
 
-class Inference(msgspec.Struct, eq=False):
+class Inference(msgspec.Struct, eq=False, gc=False):
     """One model inference, gathered from the lines that share its `message.id`."""
 
     node: Node
@@ -40,7 +40,7 @@ class Inference(msgspec.Struct, eq=False):
     interrupted: bool = False
 
 
-class UserText(msgspec.Struct, eq=False):
+class UserText(msgspec.Struct, eq=False, gc=False):
     """A user message; `injected` says what put it there when it was not the user."""
 
     content: str

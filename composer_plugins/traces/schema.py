@@ -29,8 +29,12 @@ class Status(StrEnum):
         return self in (Status.ERROR, Status.INFERRED_ERROR, Status.HUMAN_REJECT)
 
 
-class Record(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """Base: keyword-only, defaults left out of the JSON."""
+class Record(msgspec.Struct, kw_only=True, omit_defaults=True, gc=False):
+    """Base: keyword-only, defaults left out of the JSON.
+
+    Records are trees and never hold themselves, so the cyclic garbage collector need not follow them (`gc=False`):
+    that is a fifth of the time of reading a log.
+    """
 
 
 class SourceRef(Record, frozen=True):
