@@ -34,6 +34,7 @@ COMMANDS = (
     "replay",
     "pairs",
     "signal",
+    "recipes",
     "train",
     "report",
     "validate",

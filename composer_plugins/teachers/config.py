@@ -12,7 +12,6 @@ import ipaddress
 import json
 import re
 from collections.abc import Iterator
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,6 +20,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from composer_plugins.config import Section, explain, read_yaml
 from composer_plugins.errors import ConfigError, TeacherError
+from composer_plugins.shipped import recipes_dir
 from composer_plugins.teachers.base import RemoteTeacher, Teacher
 from composer_plugins.teachers.gating import GateConfig
 from composer_plugins.teachers.prices import Price
@@ -201,7 +201,7 @@ def fingerprint(fields: dict[str, Any]) -> str:
 
 def default_path() -> Path:
     """Return the teachers file that ships with the package: local demonstration teachers."""
-    return Path(str(files("composer_plugins.teachers") / "default.yaml"))
+    return recipes_dir() / "teachers.yaml"
 
 
 def read_teachers(path: Path) -> list[TeacherConfig]:
