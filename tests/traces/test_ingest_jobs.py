@@ -136,7 +136,11 @@ def start(tmp_path, folder, body) -> subprocess.Popen:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/t.jsonl").write_text("earlier")
     command = [sys.executable, str(script), str(folder), str(tmp_path / "out/t.jsonl")]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    # A test run in the background of a script ignores Ctrl-C, and its children would inherit that.
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
 
 
 def left_behind(tmp_path) -> list[str]:
