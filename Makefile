@@ -21,7 +21,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 # Huge pages for torch's CPU tensors: without them a step on a small machine spends half its time in page faults.
 export THP_MEM_ALLOC_ENABLE = 1
 
-.PHONY: help setup model quickstart test test-torchft test-verl test-verl-slow test-prime-rl test-mutants test-slow lint clean
+.PHONY: help setup model quickstart test test-torchft test-verl test-verl-slow prime-rl-tree test-prime-rl test-prime-rl-slow test-prime-rl-core test-mutants test-slow lint clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -77,12 +77,21 @@ $(PRIME_VENV)/.installed: pyproject.toml constraints-prime-rl.txt
 	@$(PRIME_VENV)/bin/python -m composer_plugins.models smollm2-135m-instruct
 	@touch $@
 
-test-prime-rl: ## The prime-rl adapter against a source tree: make test-prime-rl PRIME_RL=/path/to/prime-rl
+prime-rl-tree:
 	@test -f "$(PRIME_RL)/src/prime_rl/trainer/rl/loss.py" || \
 		{ echo "PRIME_RL=$(PRIME_RL) is no prime-rl source tree (expected src/prime_rl/trainer/rl/loss.py in it): nothing was tested"; exit 2; }
+
+test-prime-rl: prime-rl-tree ## The prime-rl adapter against a source tree: make test-prime-rl PRIME_RL=/path/to/prime-rl
 	@$(MAKE) --no-print-directory $(PRIME_VENV)/.installed
 	PRIME_RL="$(PRIME_RL)" COMPOSER_REQUIRE_PRIME_RL=1 OMP_NUM_THREADS=1 $(PRIME_VENV)/bin/python -m pytest tests/prime_rl -m "not slow and not gpu"
 	OMP_NUM_THREADS=1 $(PRIME_VENV)/bin/python tests/prime_rl/own_suite.py "$(PRIME_RL)"
+
+test-prime-rl-slow: prime-rl-tree ## prime-rl's whole `rl` command and trainer loop on a CPU: make test-prime-rl-slow PRIME_RL=/path/to/prime-rl
+	@$(MAKE) --no-print-directory $(PRIME_VENV)/.installed
+	PRIME_RL="$(PRIME_RL)" COMPOSER_REQUIRE_PRIME_RL=1 OMP_NUM_THREADS=1 $(PRIME_VENV)/bin/python -m pytest tests/prime_rl -m "slow and not gpu"
+
+test-prime-rl-core: $(PRIME_VENV)/.installed ## The core's tests on Python 3.12 with prime-rl's versions of its packages (no prime-rl needed)
+	OMP_NUM_THREADS=1 $(PRIME_VENV)/bin/python -m pytest -n 2 -m "not slow and not gpu" --ignore=tests/trl --ignore=tests/verl --ignore=tests/torchft --ignore=tests/prime_rl
 
 test-mutants: setup ## Planted defects in the shipped source, each caught by the conformance contract that names it (5 minutes at most)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/conformance/test_conformance_mutants.py

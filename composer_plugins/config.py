@@ -323,3 +323,28 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"{path} must hold a mapping of keys, found {type(data).__name__}.")
     return data
+
+
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Change one key of a recipe.
+
+    Args:
+        data: the recipe; changed in place.
+        override: `a.b=value`; the value is read as YAML.
+
+    Raises:
+        ConfigError: it is no such text, or `a` is no section.
+    """
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"Expected an override like composer.sdpo.weight=0.5, found {override!r}.")
+    *parents, leaf = key.split(".")
+    section = data
+    for name in parents:
+        section = section.setdefault(name, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"Override {override!r}: {name!r} is not a section of the recipe.")
+    try:
+        section[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"Override {override!r}: {text!r} is no YAML: {error}") from error

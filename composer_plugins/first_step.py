@@ -7,7 +7,6 @@ host is working with at that moment: the local variables of the functions that c
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -22,10 +21,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from composer_plugins.config import OuterConfig, explain
 from composer_plugins.errors import ConfigError, OuterLoopError
-from composer_plugins.outer import OUTER_ENV, HostState, OuterLoop
+from composer_plugins.outer import OUTER_ENV, HostState, OuterLoop, report_end
 from composer_plugins.plugins import get_plugin_manager
-
-logger = logging.getLogger(__name__)
 
 Named = Iterable[tuple[str, torch.nn.Parameter]]
 
@@ -41,6 +38,7 @@ class Place:
         before: called before every further step.
         is_last: called after every step: whether it was the run's last. Then the outer loop is left, so that what the
             host does next (weights to the inference engine, the final checkpoint) is done with the global parameters.
+        reports: whether this process prints the table of all rounds at the end; one of an island should.
     """
 
     named_parameters: Named | None = None
@@ -50,6 +48,7 @@ class Place:
     attached: Callable[[OuterLoop], None] = lambda loop: None
     before: Callable[[], None] = lambda: None
     is_last: Callable[[], bool] = lambda: False
+    reports: bool = True
 
 
 Look = Callable[[torch.optim.Optimizer], Place | None]
@@ -111,13 +110,13 @@ class FirstStep:
         if self._left or optimizer is not self._optimizer or is_rehearsal(optimizer):
             return
         if self._place.is_last():
-            lost = self._leave()
-            note = f"; {lost} inner steps since the last sync were given up" if lost else ""
-            logger.warning("outer loop: last step, the model now has the global parameters%s", note)
+            self._leave()
 
     def _leave(self) -> int:
         if not self._left:
             self._lost, self._left = self.loop.finish(), True
+            if self._place.reports:
+                report_end(self.loop, self._lost)
         return self._lost
 
     def finish(self) -> int:

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 
 #: The `outer` section for hosts that hand us no configuration in time, as one YAML mapping: `{sync_every: 20}`.
 OUTER_ENV = "COMPOSER_OUTER"
+#: Where the lighthouse is, when `outer.lighthouse` does not say it.
+LIGHTHOUSE_ENV = "TORCHFT_LIGHTHOUSE"
+#: Name of this island, when `outer.island` does not say it.
+ISLAND_ENV = "COMPOSER_ISLAND"
 
 
 @dataclass
@@ -46,11 +50,29 @@ class OuterLoop(Protocol):
     def metrics(self) -> dict[str, float]:
         """Return the figures of the last round, named `outer/...`; empty before the first."""
 
+    def table(self) -> Any:
+        """Return what was exchanged so far, one row per round, as something that `rich` prints."""
+
     def finish(self) -> int:
         """Leave the other islands; the parameters are then the last global ones, never an unsynced island's.
 
         Returns the number of inner steps since the last sync, which are given up.
         """
+
+
+def report_end(loop: OuterLoop, lost: int) -> None:
+    """Print the table of all rounds, and what became of the steps after the last one.
+
+    Args:
+        loop: an outer loop that was left.
+        lost: what its `finish` returned.
+    """
+    from rich.console import Console
+
+    console = Console()
+    console.print(loop.table())
+    note = f" ({lost} inner steps since the last sync were given up)" if lost else ""
+    console.print(f"outer loop: the model now has the global parameters{note}", highlight=False, soft_wrap=True)
 
 
 class AttachOuterLoop(Protocol):

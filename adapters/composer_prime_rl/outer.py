@@ -77,6 +77,7 @@ def _place(optimizer: Any, config: OuterConfig) -> Any:
         log=(config.log or Path(trainer.output_dir) / LOG_FILE) if rank == 0 else None,
         attached=lambda loop: _save_with(optimizer, loop, manager, progress, rank),
         is_last=lambda: trainer.max_steps is not None and progress.step >= trainer.max_steps,
+        reports=rank == 0,
     )
 
 

@@ -66,6 +66,9 @@ def lighthouse(
 def run(
     context: typer.Context,
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many islands.")] = 2,
+    min_islands: Annotated[
+        int | None, typer.Option(min=1, help="Fewest islands that go on when others die; all when not given.")
+    ] = None,
     join_timeout: JoinTimeout = 30.0,
     heartbeat_timeout: Heartbeat = 5.0,
 ) -> None:
@@ -93,26 +96,36 @@ def run(
     if shutil.which(context.args[0]) is None:
         raise OuterLoopError(f"The command {context.args[0]!r} was not found.")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the islands end with it
-    with Lighthouse("127.0.0.1:0", LighthouseLimits(join_timeout, heartbeat_timeout, count)) as server:
+    fewest = min(min_islands or count, count)
+    with Lighthouse("127.0.0.1:0", LighthouseLimits(join_timeout, heartbeat_timeout, fewest)) as server:
         codes = run_islands(
-            context.args, count, server.address,
+            context.args, count, server.address, fewest=fewest,
             write=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
         )  # fmt: skip
-    if any(codes):
-        failed = ", ".join(f"island {i}: exit code {code}" for i, code in enumerate(codes) if code)
+    if any(code != 0 for code in codes):
+        failed = ", ".join(
+            f"island {i}: " + ("ended, since too few were left" if code is None else f"exit code {code}")
+            for i, code in enumerate(codes)
+            if code != 0
+        )
         raise OuterLoopError(f"{failed}. The lines above, marked with the island's number, say why.")
     console.print(f"{count} islands ended well.")
 
 
 @islands.command("doctor")
 def doctor(
-    recipe: Annotated[Path, typer.Argument(help="YAML file with a `composer` section that has `outer`.")],
+    recipe: Annotated[
+        Path, typer.Argument(help="Recipe with `composer.outer` (YAML), or a prime-rl TOML with COMPOSER_OUTER.")
+    ],
     round_seconds: Annotated[
         float | None, typer.Option(min=0, help="How long the slowest island trains between two syncs.")
     ] = None,
     min_islands: MinIslands = 1,
     join_timeout: JoinTimeout = 30.0,
     heartbeat_timeout: Heartbeat = 5.0,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Change one key, as for train: --set composer.outer.start_with=2.")
+    ] = None,
 ) -> None:
     """Check whether the time limits of a recipe and of the lighthouse fit together, and explain what would happen.
 
@@ -120,15 +133,12 @@ def doctor(
     """
     from rich.console import Console
 
-    from composer_plugins.config import parse_section, read_yaml
-    from composer_plugins.errors import OuterLoopError
     from composer_torchft.doctor import LighthouseLimits, problems, reach
+    from composer_torchft.recipe import read_outer
 
-    config = parse_section(read_yaml(recipe).get("composer")).outer
-    if not config.sync_every:
-        raise OuterLoopError(f"{recipe} has no outer loop: composer.outer.sync_every is 0 or missing.")
-    limits = LighthouseLimits(join_timeout, heartbeat_timeout, min_islands)
-    found = problems(config, limits, round_seconds=round_seconds)
+    outer = read_outer(recipe, overrides)
+    config, limits = outer.config, LighthouseLimits(join_timeout, heartbeat_timeout, min_islands)
+    found = problems(config, limits, round_seconds=round_seconds, steps=outer.steps)
     if config.lighthouse and (failed := reach(config.lighthouse)):
         found.append(failed)
     console = Console()
@@ -141,3 +151,20 @@ def doctor(
         f"(two), at most {t.quorum:g} s; a lighthouse may be away for about {t.quorum_retries} s.",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
+
+
+@islands.command("table")
+def table(
+    files: Annotated[list[Path], typer.Argument(help="outer.jsonl of one or more islands' run folders.")],
+) -> None:
+    """Print what islands wrote about their rounds, also while they run or after one died.
+
+    Example: `composer-rl islands table runs/island-0/outer.jsonl runs/island-1/outer.jsonl`
+    """
+    from rich.console import Console
+
+    from composer_torchft import rounds
+
+    console = Console()
+    for file in files:
+        console.print(rounds.table(rounds.read(file), str(file)))

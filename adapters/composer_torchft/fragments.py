@@ -47,6 +47,10 @@ class ParameterFragment:
                 view.data = part
             yield name, view
 
+    def is_finite(self) -> bool:
+        """Return whether all values that this process holds are numbers."""
+        return all(bool(v.isfinite().all()) for _, v in self.named_parameters())
+
     def numel(self) -> int:
         """Return the number of values that this process holds."""
         return sum(v.numel() for v in self._views)

@@ -6,22 +6,28 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 
 from composer_plugins.errors import OuterLoopError
-from composer_torchft.links import ISLAND_ENV, LIGHTHOUSE_ENV
+from composer_plugins.outer import ISLAND_ENV, LIGHTHOUSE_ENV
 
 INDEX_ENV = "COMPOSER_ISLAND_INDEX"
+#: Seconds an island is given to end.
+GRACE = 10.0
 
 
 def run_islands(
-    command: list[str], count: int, lighthouse: str, *, write: Callable[[str], None], env: dict[str, str] | None = None
-) -> list[int]:
-    """Run `command` once per island and return the exit codes.
+    command: list[str], count: int, lighthouse: str, *, fewest: int = 1, write: Callable[[str], None],
+    env: dict[str, str] | None = None,
+) -> list[int | None]:  # fmt: skip
+    """Run `command` once per island and return the exit codes; None: it was ended, because too few others were left.
 
     Args:
         command: `{i}` in an argument becomes the island's number.
         lighthouse: address of a running lighthouse.
+        fewest: islands below which the lighthouse forms no quorum. When failures leave fewer, the others would wait for
+            their time limit, an hour by default: they are ended.
         write: gets every line of output, marked with the island.
 
     Raises:
@@ -50,14 +56,39 @@ def run_islands(
         ]  # fmt: skip
         for thread in threads:
             thread.start()
-        codes = [process.wait() for process in processes]
+        left_alone = _wait(processes, fewest)
         for thread in threads:
             thread.join(5)
-        return codes
+        return [None if i in left_alone else process.returncode for i, process in enumerate(processes)]
     finally:
         for process in processes:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
+
+
+def _wait(processes: list[subprocess.Popen], fewest: int) -> set[int]:
+    """Wait until all have ended; return the numbers of those that were ended here."""
+    while any(p.poll() is None for p in processes):
+        running = [i for i, p in enumerate(processes) if p.poll() is None]
+        if any(p.returncode for p in processes) and len(running) < fewest:
+            deadline = time.monotonic() + GRACE  # it may be about to end by itself
+            while time.monotonic() < deadline and any(processes[i].poll() is None for i in running):
+                time.sleep(0.1)
+            ended = {i for i in running if processes[i].poll() is None}
+            for i in ended:
+                _end(processes[i])
+            return ended
+        time.sleep(0.1)
+    return set()
+
+
+def _end(process: subprocess.Popen) -> None:
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _copy(process: subprocess.Popen, index: int, write: Callable[[str], None]) -> None:

@@ -19,10 +19,9 @@ from torchft.checkpointing.http_transport import HTTPTransport
 
 from composer_plugins.config import OuterConfig
 from composer_plugins.errors import OuterLoopError
+from composer_plugins.outer import ISLAND_ENV, LIGHTHOUSE_ENV
 from composer_torchft.meeting import IslandGroup
 
-LIGHTHOUSE_ENV = "TORCHFT_LIGHTHOUSE"
-ISLAND_ENV = "COMPOSER_ISLAND"
 #: Longest wait for an island that has just been in the quorum; one that died since costs the others this much.
 MEETING = timedelta(seconds=10)
 
@@ -79,6 +78,44 @@ def lighthouse_address(config: OuterConfig) -> str:
     return address
 
 
+class IslandManager(Manager):
+    """torchft's manager, in which a commit that got no answer is one that failed, and not the end of the island.
+
+    The question goes to the island's own server and has a time limit. A process that is stopped while it waits, and goes
+    on after the limit, finds it passed.
+    """
+
+    def should_commit(self, timeout: timedelta | None = None) -> bool:
+        """Return whether the exchange succeeded on all processes of this island.
+
+        Raises:
+            OuterLoopError: some of them got the answer and others did not.
+        """
+        try:
+            answer: bool | None = super().should_commit(timeout)
+        except (TimeoutError, RuntimeError) as error:
+            self.report_error(error)
+            self._checkpoint_transport.disallow_checkpoint()
+            self._commit_failures += 1
+            answer = None
+        answers = gathered(answer, self._group_world_size)
+        if len(set(answers)) > 1:
+            raise OuterLoopError(
+                f"The processes of this island do not agree whether the exchange succeeded ({answers}; None: no answer in "
+                "time). One of them was stopped or cut off. Start the island again: it takes over the others' state."
+            )
+        return bool(answer)
+
+
+def gathered(mine: Any, world: int) -> list[Any]:
+    """Return what each process of the island gave, by rank."""
+    if world == 1:
+        return [mine]
+    found: list[Any] = [None] * world
+    dist.all_gather_object(found, mine)
+    return found
+
+
 class Link:
     """One process's manager, and the store it meets the other processes of its island in."""
 
@@ -91,7 +128,7 @@ class Link:
         host, port = self._store()
         limit, connect = (timedelta(seconds=s) for s in (config.timeouts.allreduce, config.timeouts.connect))
         try:
-            self.manager = Manager(
+            self.manager = IslandManager(
                 pg=IslandGroup(limit, min(connect, MEETING)),
                 load_state_dict=None, state_dict=None,
                 min_replica_size=config.min_islands,
@@ -146,11 +183,12 @@ class Link:
 
     def combined(self, digests: list[str]) -> str:
         """Return one hash for the whole island: of the parts that all its processes hold."""
-        if self.world > 1:
-            gathered: list[Any] = [None] * self.world
-            dist.all_gather_object(gathered, digests)
-            digests = [d for part in gathered for d in part]
+        digests = [d for part in gathered(digests, self.world) for d in part]
         return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+    def everywhere(self, holds: bool) -> bool:
+        """Return whether it holds on all processes of the island."""
+        return all(gathered(holds, self.world))
 
     def close(self) -> None:
         """Stop heartbeats and servers."""

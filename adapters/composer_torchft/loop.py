@@ -6,6 +6,7 @@ theta = theta - lr * (g + momentum * b) with Nesterov. Nothing is negated.
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from collections.abc import Iterable
@@ -25,6 +26,8 @@ from composer_torchft.fragments import is_sharded, parameters_of, split_by_depth
 from composer_torchft.handshake import PROTOCOL, Action, Card, Phase, exchange, exchange_id, judge, refusal
 from composer_torchft.links import Link, bytes_of
 from composer_torchft.rounds import Round, RoundLog
+
+logger = logging.getLogger("composer_torchft")
 
 #: Of the checkpoint format.
 VERSION = 1
@@ -98,7 +101,7 @@ class DiLoCoLoop:
         self._inside = False
 
     def _begin_round(self) -> None:
-        self._round = {"waited": 0.0, "stopped": 0.0, "retries": 0}
+        self._round = {"waited": 0.0, "stopped": 0.0, "retries": 0, "not_finite": 0}
         self._healed = False
 
     def _current(self) -> IslandFragment:
@@ -107,11 +110,29 @@ class DiLoCoLoop:
     def _prepare(self) -> None:
         """Meet the others, compare notes, send the fragment whose turn it is."""
         start = time.perf_counter()
+        self._stay_finite()
         self._agree(Phase.SYNC)
         self._round["waited"] += time.perf_counter() - start
         self._current().prepare_sync()
         self._prepared = True
         self._round["stopped"] += time.perf_counter() - start
+
+    def _stay_finite(self) -> None:
+        """Go back to the global parameters when these are NaN or infinite: sent, they would take all islands along."""
+        if self._is_finite():
+            return
+        self._start_from_global()
+        if not self._is_finite():
+            raise OuterLoopError("The global parameters are not finite. Resume all islands from an earlier checkpoint.")
+        self._round["not_finite"] = self._local_step
+        logger.warning(
+            "outer loop: the parameters of island %s were not finite. Its %d inner steps since the last sync are given up, "
+            "and it goes on from the global parameters. Look at its loss, learning rate and data if this comes again.",
+            self.link.island, self._local_step,
+        )  # fmt: skip
+
+    def _is_finite(self) -> bool:
+        return self.link.everywhere(all(f.part.is_finite() for f in self.fragments))
 
     def _agree(self, phase: Phase) -> list[Card]:
         """Return the cards of a quorum whose islands agree. Raises `OuterLoopError` when this one has to leave."""
@@ -167,7 +188,7 @@ class DiLoCoLoop:
                 break
         fragment.drop_kept()
         self._round["stopped"] += time.perf_counter() - start
-        lost = self._local_step if self._healed or not committed else 0
+        lost = self._local_step if self._healed or not committed else self._round["not_finite"]
         self._local_step = 0
         self._record(fragment, committed, lost, attach)
 
@@ -189,7 +210,7 @@ class DiLoCoLoop:
                 retries=self._round["retries"], discarded_inner_steps=lost,
                 bytes=bytes_of(fragment.global_tensors()) * (1 + self._round["retries"]),
                 seconds=round(self._round["stopped"], 4), waited=round(self._round["waited"], 4),
-                theta=fragment.digest()[:16], attach=attach,
+                theta=fragment.digest()[:16], attach=attach, not_finite=bool(self._round["not_finite"]),
             )
         )  # fmt: skip
 
@@ -242,15 +263,20 @@ class DiLoCoLoop:
         }  # fmt: skip
 
     def _take_over(self, state: dict[str, Any]) -> None:
-        """Start from the global parameters: zero pseudo-gradient, fresh inner optimizer, the donor's schedule."""
+        """Start from the global parameters, which have just been replaced, with the donor's schedule."""
         for fragment in self.fragments:
-            fragment.cancel()
             fragment.changed()
-            fragment.restore_parameters()
-        self.inner.state.clear()
+        self._start_from_global()
         # a donor inside an optimizer step counts that step a moment later; a joiner that stands before one must add it
         self.host_state.write(state["host"], int(state["inside"]) - int(self._inside))
         self._commit, self._donor_step, self._healed = state["commit"], state["local_step"], True
+
+    def _start_from_global(self) -> None:
+        """Go to the global parameters: zero pseudo-gradient, fresh inner optimizer."""
+        for fragment in self.fragments:
+            fragment.cancel()
+            fragment.restore_parameters()
+        self.inner.state.clear()
 
     # Checkpoints and the end
 

@@ -5,6 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from composer_plugins.errors import OuterLoopError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass
@@ -12,7 +18,8 @@ class Round:
     """One exchange of one fragment.
 
     `bytes` is what this island sent, `seconds` the whole stop of the training, `waited` the part of it until the
-    others were there. `theta` is the start of the hash of the global parameters of the fragment afterwards.
+    others were there. `theta` is the start of the hash of the global parameters of the fragment afterwards. `not_finite`:
+    the island's parameters were NaN or infinite, and it went back to the global ones before it sent anything.
     """
 
     outer_step: int
@@ -27,6 +34,7 @@ class Round:
     waited: float
     theta: str
     attach: bool = False
+    not_finite: bool = False
 
 
 class RoundLog:
@@ -53,20 +61,43 @@ class RoundLog:
         names = ("outer_step", "participants", "seconds", "waited", "bytes", "retries", "discarded_inner_steps")
         return {f"outer/{name.removeprefix('outer_')}": float(getattr(last, name)) for name in names}
 
-    def table(self, island: str):
+    def table(self, island: str) -> Table:
         """Return a rich table of all rounds."""
-        from rich.table import Table
+        return table(self.rounds, f"outer loop of island {island}")
 
-        table = Table(
-            title=f"outer loop of island {island}", padding=(0, 0), caption="MB sent, seconds, inner steps lost"
-        )
-        columns = ("step", "part", "islands", "MB", "s", "waited", "retries", "lost", "healed", "parameters")
-        for column in columns:
-            table.add_column(column, justify="right")
-        for r in self.rounds:
-            table.add_row(
-                str(r.outer_step) if r.committed else f"{r.outer_step} (given up)", str(r.fragment),
-                str(r.participants), f"{r.bytes / 1e6:.2f}", f"{r.seconds:.2f}", f"{r.waited:.2f}", str(r.retries),
-                str(r.discarded_inner_steps), "yes" if r.healed else "", r.theta[:10],
-            )  # fmt: skip
-        return table
+
+def read(path: Path) -> list[Round]:
+    """Return what a `RoundLog` wrote; a last line that was cut off (the island was killed) is left out.
+
+    Raises:
+        OuterLoopError: there is no such file, or it is none of an outer loop's.
+    """
+    try:
+        lines = path.read_text().splitlines(keepends=True)
+    except (OSError, UnicodeDecodeError) as error:
+        raise OuterLoopError(f"{path}: {error}. Expected the outer.jsonl of an island's run folder.") from error
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(Round(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            if number == len(lines) and not line.endswith("\n"):
+                break
+            raise OuterLoopError(f"{path}:{number} is no record of an outer loop: {error}.") from error
+    return found
+
+
+def table(rounds: list[Round], title: str) -> Table:
+    """Return a rich table of rounds; it fits 80 columns."""
+    from rich.table import Table
+
+    found = Table(title=title, padding=(0, 0), caption="MB sent, seconds, inner steps lost")
+    for column in ("step", "part", "islands", "MB", "s", "waited", "retries", "lost", "healed", "parameters"):
+        found.add_column(column, justify="right")
+    for r in rounds:
+        found.add_row(
+            str(r.outer_step) if r.committed else f"{r.outer_step} (given up)", str(r.fragment), str(r.participants),
+            f"{r.bytes / 1e6:.2f}", f"{r.seconds:.2f}", f"{r.waited:.2f}", str(r.retries),
+            str(r.discarded_inner_steps), "not finite" if r.not_finite else "yes" if r.healed else "", r.theta[:10],
+        )  # fmt: skip
+    return found

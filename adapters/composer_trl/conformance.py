@@ -17,7 +17,8 @@ from composer_plugins.conformance.capabilities import Capability as Can
 from composer_plugins.conformance.files import table_tokenizer, words, write_pairs
 from composer_plugins.conformance.problem import PAD, Layout, Outcome, Problem, Row
 from composer_plugins.conformance.ranks import averaged, of_rank, on_ranks
-from composer_plugins.conformance.table_model import table_model
+from composer_plugins.conformance.real_model import gradient_of, model_of, norm_of
+from composer_plugins.conformance.table_model import read_by_teacher
 from composer_trl.config import ComposerGRPOConfig
 from composer_trl.hinted_turns import HintedTurn
 from composer_trl.trainer import TURNS, ComposerGRPOTrainer
@@ -33,6 +34,11 @@ class TestTRL(AdapterConformance):
             Can.MONITOR, Can.MULTI_RANK, Can.BF16,
         }
     )  # fmt: skip
+
+    def references(self):
+        from composer_trl.references import references
+
+        return references()
 
     def evaluate(self, problem: Problem, composer: dict[str, Any], layout: Layout) -> Outcome:
         if layout.ranks > 1:
@@ -76,20 +82,19 @@ def take_step(trainer: ComposerGRPOTrainer, problem: Problem, layout: Layout) ->
     batches = [make_batch(problem, [problem.rows[i] for i in rows], layout) for rows in mine]
     trainer._set_denominators(batches)
     trainer.current_gradient_accumulation_steps = len(batches)
-    model.model.calls.clear()
-    model.model.seen.clear()
+    if problem.model is None:
+        model.model.calls.clear()
+        model.model.seen.clear()
     loss = 0.0
     for batch in batches:
         part = trainer.compute_loss(model, batch)
         part.backward()
         loss += float(part.detach())
-    return Outcome(
-        loss=loss,
-        gradient=_gradient(model.model.table.weight),
-        hinted_gradient=_gradient(model.model.hinted.weight),
-        forwards=_forwards(model, trainer, len(batches)),
-        teacher_ids=_teacher_ids(model, problem),
-    )
+    outcome = Outcome(loss, *gradient_of(model), norm=norm_of(model))
+    if problem.model is None:
+        outcome.forwards = _forwards(model, trainer, len(batches))
+        outcome.teacher_ids = read_by_teacher(model, problem)
+    return outcome
 
 
 def _end_step(trainer: ComposerGRPOTrainer) -> None:
@@ -130,8 +135,8 @@ def make_trainer(problem: Problem, composer: dict[str, Any], layout: Layout, fol
         gradient_accumulation_steps=len(layout.micro_batches) // layout.ranks,
     )  # fmt: skip
     trainer = ComposerGRPOTrainer(
-        table_model(problem, getattr(torch, layout.dtype)), lambda completions, **_: [0.0] * len(completions), args,
-        Dataset.from_list(rows), processing_class=table_tokenizer(len(problem.table)),
+        model_of(problem, layout.dtype), lambda completions, **_: [0.0] * len(completions), args,
+        Dataset.from_list(rows), processing_class=table_tokenizer(problem.vocabulary),
     )  # fmt: skip
     if with_pairs:
         stream = trainer.pair_channel.stream
@@ -173,23 +178,7 @@ def make_batch(problem: Problem, rows: list[Row], layout: Layout) -> dict[str, A
     }
 
 
-def _gradient(parameter: torch.nn.Parameter):
-    gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-    return gradient.double().numpy()
-
-
 def _forwards(model, trainer, batches: int) -> dict[str, int]:
     calls = model.model.calls
     pairs = batches if trainer.pair_channel is not None else 0
     return {"student": calls["student"] - pairs, "teacher": calls["teacher"], "pairs": pairs}
-
-
-def _teacher_ids(model, problem: Problem) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Split what the model read after a hint into the hinted context and the turn."""
-    sizes = {row.hinted_context(t): t.end - t.start for row in problem.rows for t in row.turns}
-    found = []
-    for ids in model.model.seen:
-        for row in ids.tolist():
-            kept = tuple(i for i in row if i != PAD)
-            found += [(c, kept[len(c) :]) for c in sizes if kept[: len(c)] == c]
-    return found

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from composer_plugins.config import OuterConfig
 from composer_plugins.errors import ConfigError, OuterLoopError
-from composer_plugins.outer import HostState, OuterLoop
+from composer_plugins.outer import HostState, OuterLoop, report_end
 from composer_plugins.plugins import get_plugin_manager
 
 logger = logging.getLogger(__name__)
@@ -95,13 +95,7 @@ class OuterLoopCallback(TrainerCallback):
             return
         lost = self.loop.finish()
         if args.process_index == 0:
-            from rich.console import Console
-
-            console = Console()
-            if hasattr(self.loop, "table"):
-                console.print(self.loop.table())
-            note = f" ({lost} inner steps since the last sync were given up)" if lost else ""
-            console.print(f"outer loop: the model now has the global parameters{note}")
+            report_end(self.loop, lost)
 
 
 def equal_adapter(model, lora):

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from composer_plugins.config import ComposerConfig, Section, explain, read_yaml
+from composer_plugins.config import ComposerConfig, Section, apply_override, explain, read_yaml
 from composer_plugins.errors import ConfigError
 
 
@@ -94,7 +94,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     """
     data = read_yaml(path)
     for override in overrides or []:
-        _override(data, override)
+        apply_override(data, override)
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
@@ -130,18 +130,3 @@ def trainer_arguments(recipe: Recipe):
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"TRL refuses the `trainer` section: {error}") from error
-
-
-def _override(data: dict[str, Any], override: str) -> None:
-    import yaml
-
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"Expected an override like composer.sdpo.weight=0.5, found {override!r}.")
-    *parents, leaf = key.split(".")
-    section = data
-    for name in parents:
-        section = section.setdefault(name, {})
-        if not isinstance(section, dict):
-            raise ConfigError(f"Override {override!r}: {name!r} is not a section of the recipe.")
-    section[leaf] = yaml.safe_load(text)

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from composer_plugins.config import ComposerConfig
+from composer_verl import outer
 from composer_verl.fields import TOPK
+from composer_verl.section import PREFIX
 
 
 def composer_loss(
@@ -46,7 +48,14 @@ def composer_loss(
 
         term, own = pair_term(section.replay_dpo, log_probs, data, dp_size=ranks)
         loss, metrics = loss + term, {**metrics, **own}
-    return loss, metrics
+    return loss, {**metrics, **_outer_metrics()}
+
+
+def _outer_metrics() -> dict[str, Any]:
+    """The last round's figures; also where the policy loss, which gives them too, is not ours or has weight 0."""
+    from verl.utils.metric import Metric
+
+    return Metric.from_dict(outer.metrics(), "mean")
 
 
 def policy_loss(
@@ -67,7 +76,7 @@ def policy_loss(
         from composer_verl.pair_loss import weigh_by_tokens
 
         metrics = weigh_by_tokens(metrics, rows, data)
-    if section.policy.weight != 1 and not config.policy_loss.loss_mode.startswith("composer_"):
+    if section.policy.weight != 1 and not config.policy_loss.loss_mode.startswith(PREFIX):
         loss = loss * section.policy.weight
     return loss, metrics
 

@@ -8,7 +8,7 @@ from composer_plugins.channels.levels import SignalLevel
 from composer_plugins.channels.sdpo import resolve_level
 from composer_plugins.config import ComposerConfig, SDPOConfig, parse_section
 from composer_plugins.errors import ConfigError, UnsupportedError
-from composer_verl.section import PREFIX, plain, refuse_unsupported
+from composer_verl.section import PREFIX, plain, refuse_unsupported, scales_verls_loss
 from composer_verl.teachers import check_teacher, lora
 
 #: What verl lets channel 2 see of the distributions. `auto` is sampled here: topk costs a second forward and k values
@@ -44,12 +44,11 @@ def check(config, section: ComposerConfig) -> None:
             "composer.monitor.grad_norms_every and token_view are not available on verl (a backward per channel, and a "
             "report that reads verl's runs); set both to 0."
         )
-    if section.sdpo.weight == 0 and section.replay_dpo.weight == 0:
-        return
-    if (config.get("distillation", None) or {}).get("enabled", False):
+    ours = section.sdpo.weight > 0 or section.replay_dpo.weight > 0 or scales_verls_loss(config, section)
+    if ours and (config.get("distillation", None) or {}).get("enabled", False):
         raise UnsupportedError(
-            "distillation.enabled has a loss function of its own in verl's workers, which the channels would replace; "
-            "set it to false, or composer.sdpo.weight and composer.replay_dpo.weight to 0."
+            "distillation.enabled has a loss function of its own in verl's workers, which ours would replace; set it to "
+            "false, or composer.sdpo.weight and composer.replay_dpo.weight to 0 and composer.policy.weight to 1."
         )
     if section.sdpo.weight > 0:
         level_of(config, section.sdpo)

@@ -2,8 +2,8 @@
 
 A problem becomes micro-batches as verl's engine hands them to a loss function (jagged, log-probs shifted by one), and
 `composer_loss` is called as its workers call it: losses of micro-batches add up, gradients of ranks are averaged. What
-the driver puts into a batch (teacher log-probs, references) is computed from the problem here. Engines, Ray, dispatch and
-the teachers' own forwards are tested in `tests/verl`.
+the driver puts into a batch (teacher log-probs, references) is computed from the problem here. `TestVerlEngine` does the same
+through verl's real workers, where there is an engine for the device. Ray and dispatch are tested in `tests/verl`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,13 @@ import torch
 from composer_plugins.conformance.adapter import AdapterConformance
 from composer_plugins.conformance.capabilities import Capability as Can
 from composer_plugins.conformance.problem import Layout, Outcome, PairOfRows, Problem, Row
-from composer_plugins.conformance.table_model import TableLM, table_model
+from composer_plugins.conformance.real_model import gradient_of, model_of, norm_of
+from composer_plugins.conformance.table_model import token_logits
+from composer_verl.engine_conformance import LOGITS, TestVerlEngine
+
+__all__ = ["TestVerl", "TestVerlEngine"]
+
+ENGINE = "belongs to verl's engine: see TestVerlEngine"
 
 
 class TestVerl(AdapterConformance):
@@ -31,14 +37,28 @@ class TestVerl(AdapterConformance):
             Can.MULTI_RANK,
             Can.PAIRWISE,
             Can.ADVANTAGE_FORM,
+            Can.BF16,
         }
     )
+
+    reasons: ClassVar[dict[Any, str]] = {
+        Can.FULL: LOGITS,
+        **dict.fromkeys(
+            (Can.PADDED, Can.PACKED, Can.FORWARDS, Can.LIVE_TEACHER, Can.EMA_TEACHER, Can.REFERENCE_TEACHER, Can.RESUME, Can.MONITOR),
+            ENGINE,
+        ),
+    }  # fmt: skip
+
+    def references(self):
+        from composer_verl.references import references
+
+        return references()
 
     def evaluate(self, problem: Problem, composer: dict[str, Any], layout: Layout) -> Outcome:
         from composer_verl.channel_loss import composer_loss
 
         section, actor = configuration(composer, pairs=len(problem.pairs))
-        model, loss, found = table_model(problem), 0.0, []
+        model, loss, found = model_of(problem, layout.dtype), 0.0, []
         for number, rows in enumerate(layout.micro_batches):
             pairs = problem.pairs if number == 0 and section.replay_dpo.weight > 0 else ()
             data, outputs = micro_batch(problem, section, model, [problem.rows[i] for i in rows], pairs, layout)
@@ -49,9 +69,7 @@ class TestVerl(AdapterConformance):
             (part / layout.ranks).backward()
             loss += float(part.detach()) / layout.ranks
             found.append({name.removeprefix("actor/"): value for name, value in metrics.items()})
-        gradients = (model.model.table.weight.grad, model.model.hinted.weight.grad)
-        table, hinted = (torch.zeros(problem.table.shape) if g is None else g for g in gradients)
-        return Outcome(loss, table.double().numpy(), hinted.double().numpy(), _totals(found, layout.ranks))
+        return Outcome(loss, *gradient_of(model), _totals(found, layout.ranks), norm=norm_of(model))
 
 
 def configuration(composer: dict[str, Any], *, pairs: int):
@@ -73,7 +91,7 @@ def configuration(composer: dict[str, Any], *, pairs: int):
     return section, ActorConfig(strategy="fsdp2", rollout_n=2, ppo_micro_batch_size_per_gpu=2, policy_loss=loss)
 
 
-def micro_batch(problem: Problem, section, model: TableLM, rows: list[Row], pairs, layout: Layout):
+def micro_batch(problem: Problem, section, model, rows: list[Row], pairs, layout: Layout):
     """Return (data, model output) of one micro-batch: its rollouts, then both rows of each of `pairs`."""
     from tensordict import TensorDict
     from verl.utils import tensordict_utils as tu
@@ -95,7 +113,7 @@ def micro_batch(problem: Problem, section, model: TableLM, rows: list[Row], pair
     )
     temperatures = [problem.temperature] * len(rows) + [1.0] * (2 * len(pairs))
     logits = [
-        model.model.table(ids) / temperature
+        model(input_ids=ids[None]).logits[0].float() / temperature
         for ids, temperature in zip(data["input_ids"].unbind(), temperatures, strict=True)
     ]
     log_probs = []
@@ -108,27 +126,30 @@ def micro_batch(problem: Problem, section, model: TableLM, rows: list[Row], pair
     return data, outputs
 
 
-def _rollout(problem: Problem, section, model: TableLM, row: Row) -> dict[str, torch.Tensor]:
+def _rollout(problem: Problem, section, model, row: Row) -> dict[str, torch.Tensor]:
     from composer_verl.fields import SDPO_MASK, SDPO_TEACHER
     from composer_verl.pair_fields import text_fields
 
     size = len(row.completion)
     hinted = torch.zeros(size, dtype=torch.bool)
+    teacher = torch.zeros(size, problem.vocabulary)
     for turn in row.turns:
-        hinted[turn.start : turn.end] = torch.tensor(row.sampled[turn.start : turn.end])
+        span = slice(turn.start, turn.end)
+        hinted[span] = torch.tensor(row.sampled[span])
+        with torch.no_grad():
+            logits = token_logits(model, row.hinted_context(turn), row.completion[span]) / problem.temperature
+        teacher[span] = torch.log_softmax(logits, -1)
     fields = text_fields(list(row.prompt), list(row.completion))
     fields["response_mask"] = fields["loss_mask"] = torch.tensor(row.sampled).long()
     fields["old_log_probs"] = torch.tensor(row.old_logprobs, dtype=torch.float32)
     fields["advantages"] = torch.full((size,), row.advantage)
     fields[SDPO_MASK] = hinted.long()
-    with torch.no_grad():
-        before = torch.tensor(row.previous)
-        teacher = (model.model.table(before) + model.model.hinted(before)) / problem.temperature
-        teacher = torch.log_softmax(teacher, -1)
-        chosen = teacher.gather(-1, torch.tensor(row.completion)[:, None])[:, 0]
-        fields[SDPO_TEACHER] = torch.where(hinted, chosen, 0.0)
-        if section.sdpo.weight > 0 and section.sdpo.level == "topk":
-            fields |= _topk_fields(section, model, problem, before, teacher, hinted)
+    chosen = teacher.gather(-1, torch.tensor(row.completion)[:, None])[:, 0]
+    fields[SDPO_TEACHER] = torch.where(hinted, chosen, 0.0)
+    if section.sdpo.weight > 0 and section.sdpo.level == "topk":
+        with torch.no_grad():
+            student = torch.log_softmax(token_logits(model, row.prompt, row.completion) / problem.temperature, -1)
+        fields |= _topk_fields(section, student, teacher, hinted)
     if section.replay_dpo.weight > 0:
         from composer_verl.pair_loss import PAIR_REFERENCE, PAIR_ROW, PAIR_WEIGHT, ROLLOUT
 
@@ -138,11 +159,10 @@ def _rollout(problem: Problem, section, model: TableLM, row: Row) -> dict[str, t
     return fields
 
 
-def _topk_fields(section, model, problem, before, teacher, hinted) -> dict[str, torch.Tensor]:
+def _topk_fields(section, student, teacher, hinted) -> dict[str, torch.Tensor]:
     """The k entries of the side that the section names, and the teacher's log-probs of them."""
     from composer_verl.fields import SDPO_TOPK_IDS, SDPO_TOPK_TEACHER
 
-    student = torch.log_softmax(model.model.table(before) / problem.temperature, -1)
     ids = (student if section.sdpo.top_k_of == "student" else teacher).topk(section.sdpo.top_k, -1).indices
     kept = hinted[:, None]
     return {SDPO_TOPK_IDS: ids * kept, SDPO_TOPK_TEACHER: teacher.gather(-1, ids) * kept}

@@ -16,7 +16,7 @@ from composer_plugins.hints.turns import FEEDBACK_HINT, SIBLING_HINT, HintSplice
 from composer_plugins.plugins import get_plugin_manager
 from composer_plugins.traces.classify import classify_text
 from composer_plugins.traces.schema import Status
-from composer_verl.rollouts import RolloutRow
+from composer_verl.rollout_rows import RolloutRow
 from composer_verl.turns import TurnReader, Turns, host_error, spans
 
 #: The class of the errors that verl's tool agent loop writes itself, by the start of the text.

@@ -17,7 +17,8 @@ from composer_plugins.errors import UnsupportedError
 from composer_verl.checks import level_of
 from composer_verl.error_turns import Attempt, HintedTurn, HintSources
 from composer_verl.fields import SDPO_MASK, SDPO_TEACHER, SDPO_TOKENS, SDPO_TOPK_IDS, SDPO_TOPK_TEACHER
-from composer_verl.rollouts import FIELDS, RolloutRow, reader_of, rows_of
+from composer_verl.rollout_rows import FIELDS, RolloutRow, rows_of
+from composer_verl.rollouts import reader_of
 from composer_verl.teachers import Teacher, lora, ranks_of
 
 if TYPE_CHECKING:

@@ -16,7 +16,6 @@ from typing import Any
 from composer_plugins.channels.levels import SignalLevel
 from composer_plugins.config import AdvantageConfig
 from composer_plugins.errors import ComposerError, ConfigError
-from composer_verl import outer
 from composer_verl.preflight import check_config
 
 #: Where verl keeps its own configuration files, as Hydra's search path names it.
@@ -124,7 +123,7 @@ def problems(recipe: Path, overrides: list[str]) -> list[str]:
     """Return what is wrong with a recipe under overrides, as sentences with the fix."""
     try:
         config = compose(recipe, overrides)
-        found = [*_unregistered(config), *check_config(config), *outer.problems(config)]
+        found = [*_unregistered(config), *check_config(config)]
     except ComposerError as error:
         return str(error).splitlines()
     try:

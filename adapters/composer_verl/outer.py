@@ -82,10 +82,20 @@ def _fail_at_first_step(error: ConfigError) -> None:
 
 
 def metrics() -> dict[str, float]:
-    """Return the last round's figures, `outer/...`, for verl's metrics; empty before the first and without a loop."""
+    """Return the last round's figures, `outer/...`; empty before the first and without a loop.
+
+    Our losses put them among verl's metrics (`actor/outer/...`). A loss is computed before the optimizer's step, so a
+    step's figures are those of the last round before it.
+    """
     return _installed.metrics() if _installed is not None else {}
 
 
+_UNREAD = (
+    f"composer.outer is set, but nothing reads it, so no outer loop would start: it comes to the training processes with a "
+    "policy loss of ours (actor.policy_loss: {_target_: composer_verl.options.ComposerPolicyLossConfig, loss_mode: "
+    f"composer_<objective>, composer: ${{composer}}}}, as in our recipes), or for verl's own losses in {OUTER_ENV} "
+    "(docs/how-to/diloco.md)."
+)
 _STRATEGY = (
     "The outer loop on verl needs actor_rollout_ref.actor.strategy=fsdp2 (FSDP2's sharded parameters are exchanged shard "
     "by shard), found {!r}."
@@ -106,6 +116,11 @@ def problems(config: Any) -> list[str]:
     if not get("composer.outer.sync_every"):
         return []
     actor, found = "actor_rollout_ref.actor", []
+    read = get(f"{actor}.policy_loss.composer.outer.sync_every") == get("composer.outer.sync_every")
+    if not (read and str(get(f"{actor}.policy_loss.loss_mode")).startswith("composer_")) and not os.environ.get(
+        OUTER_ENV
+    ):
+        found.append(_UNREAD)
     if get(f"{actor}.strategy") != "fsdp2":
         found.append(_STRATEGY.format(get(f"{actor}.strategy")))
     found += [text for key, text in _OFFLOAD.items() if get(f"{actor}.fsdp_config.{key}")]
@@ -157,6 +172,7 @@ def _place(optimizer: Any, config: OuterConfig) -> Any:
         attached=lambda loop: _save_with(optimizer, loop),
         before=steps.before,
         is_last=steps.is_last,
+        reports=engine.rank == 0,
     )
 
 

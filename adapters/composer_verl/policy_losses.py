@@ -21,6 +21,7 @@ from composer_plugins.errors import ConfigError
 from composer_plugins.losses.policy import Objective
 from composer_plugins.losses.reduction import Reduction, count_units
 from composer_plugins.plugins import get_plugin_manager
+from composer_verl import outer
 from composer_verl.section import PREFIX, VERL_AGGREGATION, logger, policy_options
 
 
@@ -140,6 +141,7 @@ def _metrics(term: Term, old_log_prob: torch.Tensor, log_prob: torch.Tensor, mas
         "actor/pg_clipfrac": ours["policy/clip_fraction"],
         "actor/ppo_kl": float(shift.sum() / mask.sum().clamp(min=1)),
         **ours,
+        **outer.metrics(),  # the same in every micro-batch, so verl's mean is the value
     }
 
 

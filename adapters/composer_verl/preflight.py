@@ -11,7 +11,8 @@ from typing import Any
 
 from composer_plugins.config import ComposerConfig
 from composer_plugins.errors import ComposerError, ConfigError
-from composer_verl.section import PREFIX, knows_channels, plain, refuse_channels
+from composer_verl import outer
+from composer_verl.section import PREFIX, knows_channels, logger, plain, refuse_channels
 
 #: verl's engines on which the channels were made to work; `composer_fsdp2` is ours (a moving average beside fsdp2).
 ENGINES = ("fsdp", "fsdp2", "composer_fsdp2")
@@ -29,9 +30,12 @@ def check_config(config: Any) -> list[str]:
         section = section_of(config)
     except ConfigError as error:
         return str(error).splitlines()
+    _remark_unused_hints(config, section)
     if not knows_channels(config.trainer.v1.trainer_mode):
-        return refuse_channels(section)
-    found = []
+        found = [*refuse_channels(section), *_objective(config, section), *_unread(config, section)]
+        return [*found, *outer.problems(config)]
+    found = outer.problems(config)
+    _remark_precision(config, section)
     for look in (check, _objective, _engine, _hint_sources, _pairs):
         try:
             found += look(config, section) or []
@@ -59,6 +63,21 @@ def _objective(config: Any, section: ComposerConfig) -> list[str]:
     ]
 
 
+def _unread(config: Any, section: ComposerConfig) -> list[str]:
+    """On verl's own trainers `composer.policy` reaches the policy losses of ours only."""
+    mode = str(config.actor_rollout_ref.actor.policy_loss.loss_mode)
+    given = plain(config.get("composer", None) or {}).get("policy") or {}
+    unread = sorted(key for key in given if key not in ("objective", "weight")) + ["weight"] * (
+        section.policy.weight != 1
+    )
+    if mode.startswith(PREFIX) or not unread:
+        return []
+    return [
+        f"composer.policy ({', '.join(unread)}) has no effect on verl's own loss_mode={mode} and trainer: set "
+        f"actor_rollout_ref.actor.policy_loss.loss_mode={PREFIX}<objective>, or take it out."
+    ]
+
+
 def _engine(config: Any, section: ComposerConfig) -> list[str]:
     """What the training engine must be for the channels in use."""
     strategy = str(config.actor_rollout_ref.actor.strategy)
@@ -83,6 +102,44 @@ def _hint_sources(config: Any, section: ComposerConfig) -> list[str]:
         return []
     reasons = "; ".join(f"{source}: {why}" for source, why in missing.items())
     return [f"composer.sdpo.weight is above 0, but no source of composer.sdpo.hint.sources can give a hint: {reasons}."]
+
+
+def _remark_unused_hints(config: Any, section: ComposerConfig) -> None:
+    """Hints that were recorded for a run which does not read them: possible on purpose, so no error."""
+    sdpo, columns = section.sdpo, _columns(config)
+    if (
+        columns is None
+        or "hint" not in columns[0] | columns[1]
+        or (sdpo.weight > 0 and "recorded" in sdpo.hint.sources)
+    ):
+        return
+    why = "composer.sdpo.weight is 0" if sdpo.weight == 0 else "composer.sdpo.hint.sources does not name `recorded`"
+    logger.warning("the training data has recorded hints (`hint`), and none of them is used: %s.", why)
+
+
+def _remark_precision(config: Any, section: ComposerConfig) -> None:
+    """A reference worker that rounds otherwise than the actor: a difference that is no hint's and no update's."""
+    from verl.trainer.ppo.utils import need_reference_policy
+
+    from composer_verl.teachers import lora
+
+    teacher = section.sdpo.weight > 0 and section.sdpo.teacher.kind == "reference"
+    reads = teacher or (section.replay_dpo.weight > 0 and need_reference_policy(config))
+    parts = config.actor_rollout_ref
+    actor, ref = (_precision(part.get("fsdp_config", None) or {}) for part in (parts.actor, parts.ref))
+    if reads and not lora(config) and actor != ref:
+        logger.warning(
+            "verl's reference worker computes in %s and the actor in %s, so that the reference differs from the initial "
+            "actor by more than rounding: set actor_rollout_ref.ref.fsdp_config.mixed_precision to the actor's "
+            "(docs/how-to/verl.md).",
+            ref, actor,
+        )  # fmt: skip
+
+
+def _precision(fsdp_config: Any) -> str:
+    """What verl's FSDP engines compute in: bf16 without `mixed_precision`."""
+    name = str((fsdp_config.get("mixed_precision", None) or {}).get("param_dtype", "bf16"))
+    return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(name, name)
 
 
 def _no_source(source: str, config: Any) -> str | None:

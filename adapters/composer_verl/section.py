@@ -126,6 +126,17 @@ def refuse_unsupported(section: ComposerConfig, *, channels: bool = False) -> No
         raise UnsupportedError("\n".join(problems))
 
 
+def scales_verls_loss(config: Any, section: ComposerConfig) -> bool:
+    """True when `policy.weight` has to multiply one of verl's own loss modes, which do not read our section.
+
+    Args:
+        config: verl's whole configuration (DictConfig).
+        section: its `composer` section.
+    """
+    mode = config.actor_rollout_ref.actor.policy_loss.get("loss_mode", "vanilla")
+    return section.policy.weight != 1 and not mode.startswith(PREFIX)
+
+
 def refuse_channels(section: ComposerConfig) -> list[str]:
     """Sentences about the channels that verl's own trainers would leave out without a word."""
     weights = {"sdpo": section.sdpo.weight, "replay_dpo": section.replay_dpo.weight}

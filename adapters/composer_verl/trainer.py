@@ -6,7 +6,8 @@
 One step: verl samples, scores and computes advantages; then, in `_update_actor`, the error turns get their hints and
 the self-teacher reads them (`hinted_rows`), the pairs of the step join the rollouts (`pair_rows`), and verl's own update
 runs with our loss function (`channel_loss`), which calls verl's for the policy. With `sdpo.weight` and
-`replay_dpo.weight` at 0 every override hands over to verl, and the loss function is verl's own.
+`replay_dpo.weight` at 0 every override hands over to verl, and the loss function is verl's own (unless `policy.weight`
+has to multiply one of verl's loss modes, which do not read it).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from composer_verl.hinted_rows import HintedRows
 from composer_verl.monitor import StepMonitor
 from composer_verl.pair_rows import PairRows
 from composer_verl.preflight import check_config
+from composer_verl.section import scales_verls_loss
 from composer_verl.teachers import lora
 
 NAME = "composer"
@@ -55,7 +57,7 @@ class ComposerTrainer(PPOTrainerSync):
         if found := check_config(config):
             raise ConfigError("\n".join(found))
         self._sdpo, self._pairs_on = self.composer.sdpo.weight > 0, self.composer.replay_dpo.weight > 0
-        self._plain = not (self._sdpo or self._pairs_on)
+        self._plain = not (self._sdpo or self._pairs_on or scales_verls_loss(config, self.composer))
         self.hinted_rows: HintedRows | None = None
         self.pair_rows: PairRows | None = None
         self.monitor = StepMonitor(self.composer)

@@ -40,13 +40,15 @@ def signal(
     records = list(read_stage(pairs, Pair))
     margins, size = _measure(records, student, limit, max_length, seed) if student and records else (None, None)
     found = signal_of(records, read_manifest(pairs), margins=margins, size=size, seed=seed)
-    _print(found)
     if json_ is not None:
         _write(json_, (json.dumps(found.to_json(), indent=2, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
     if html is not None:
         from composer_plugins.report.signal import render
 
         _write(html, render(found, name=str(pairs)).encode("utf-8", "replace"))
+    _print(found)  # last: `| head` may end it
+    for output in filter(None, (json_, html)):
+        typer.echo(output)
 
 
 def _measure(records, student: str, limit: int, max_length: int, seed: int):
@@ -78,7 +80,6 @@ def _write(path: Path, data: bytes) -> None:
         write_atomic(path, data)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written ({error}). Name another file.") from error
-    typer.echo(path)
 
 
 def _print(found) -> None:

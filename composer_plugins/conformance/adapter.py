@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Any, ClassVar
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pytest
@@ -15,6 +16,9 @@ from composer_plugins.conformance.expected import MENU, Part, expected, hinted_t
 from composer_plugins.conformance.problem import HINT, Layout, Outcome, Problem, make_problem
 from composer_plugins.conformance.sections import METRICS, pairs, policy, sdpo
 from composer_plugins.conformance.steps import StepContracts
+
+if TYPE_CHECKING:
+    from composer_plugins.conformance.references import Reference
 
 OBJECTIVES = pytest.mark.parametrize("objective", sorted(MENU))
 LEVELS = pytest.mark.parametrize("level", ["sampled", "topk", "full"])
@@ -28,6 +32,8 @@ class AdapterConformance(StepContracts, Conformance):
     objectives: ClassVar[tuple[str, ...]] = tuple(MENU)
     #: The host's own components report another value with the same gradient: only gradients are compared.
     loss_is_a_surrogate: ClassVar[bool] = False
+    #: Which component and option report that other value.
+    surrogate: ClassVar[str] = ""
     #: Largest relative L2 distance of gradients in the host's float32.
     tolerance: ClassVar[float] = 1e-5
 
@@ -43,6 +49,10 @@ class AdapterConformance(StepContracts, Conformance):
         Returns:
             Loss and gradient of the step as the optimizer would see it.
         """
+
+    def references(self) -> Iterable[Reference]:
+        """Losses of the host itself on the same tensors, for the parity report; none by default."""
+        return ()
 
     # Value and gradient
 
@@ -234,14 +244,14 @@ class AdapterConformance(StepContracts, Conformance):
 
     def _offers(self, objective: str) -> None:
         if objective not in self.objectives:
-            pytest.skip(f"not offered: objective {objective}")
+            pytest.skip(f"not offered: {self.why_not(f'objective {objective}')}")
 
     def _levels(self) -> list[str]:
         return [level for level in ("sampled", "topk", "full") if Can(level) in self.capabilities]
 
     def _has_level(self, level: str) -> None:
         if level not in self._levels():
-            pytest.skip(f"not offered: {level}")
+            pytest.skip(f"not offered: {self.why_not(level)}")
 
     def _everything(self, sdpo_weight: float = 0.7) -> dict[str, Any]:
         objective = "dapo" if "dapo" in self.objectives else self.objectives[0]

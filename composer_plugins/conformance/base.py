@@ -34,6 +34,8 @@ class Conformance:
 
     #: What the implementer can do, in words of the suite's vocabulary.
     capabilities: ClassVar[frozenset] = frozenset()
+    #: Why a capability is not offered; shown wherever its contracts are left out.
+    reasons: ClassVar[dict[Any, str]] = {}
     #: Name of a contract (with its parameters in brackets, or without for all of them) to the reason.
     deviations: ClassVar[dict[str, str]] = {}
 
@@ -49,11 +51,15 @@ class Conformance:
         needs = getattr(request.function, "__contract__", ())
         missing = sorted(str(need) for need in needs if need not in self.capabilities)
         if missing:
-            pytest.skip(f"not offered: {', '.join(missing)}")
+            pytest.skip(f"not offered: {', '.join(self.why_not(word) for word in missing)}")
         for name in (request.node.name, request.node.originalname):
             if name in self.deviations:
                 request.applymarker(pytest.mark.xfail(reason=f"deviation: {self.deviations[name]}", strict=True))
                 break
+
+    def why_not(self, word: str) -> str:
+        """A capability that is not offered, with the reason where one is given."""
+        return f"{word} ({self.reasons[word]})" if word in self.reasons else word
 
 
 def contracts_of(cls: type) -> dict[str, Callable]:
@@ -77,6 +83,9 @@ def broken_promises(cls: type) -> list[str]:
             )
     if cls.__dict__.get("__test__", True) is False:
         problems.append("__test__ = False would switch every contract off: remove it.")
+    for word in cls.reasons:
+        if word in cls.capabilities:
+            problems.append(f"reasons says why {str(word)!r} is not offered, and capabilities offers it: take one out.")
     for name, reason in cls.deviations.items():
         if name.split("[")[0] not in contracts:
             problems.append(f"deviations names {name!r}, which is no contract: {', '.join(sorted(contracts))}.")

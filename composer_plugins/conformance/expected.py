@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from composer_plugins.conformance import oracle
-from composer_plugins.conformance.problem import Problem, Row
+from composer_plugins.conformance.problem import Problem, Row, Turn
 
 #: name: (ratio level, surrogate, reduction, lowest ratio, highest ratio), from the papers.
 MENU = {
@@ -23,6 +23,32 @@ MENU = {
 }
 #: dr_grpo's constant length that the suite sets, tokens.
 LENGTH_CONSTANT = 16
+
+
+class TableScores:
+    """Log-probabilities of a problem's table, and the gradient (V, V) of slopes with respect to them."""
+
+    def __init__(self, problem: Problem, teacher: np.ndarray) -> None:
+        self.problem, self.table, self.teacher = problem, problem.table, teacher
+        self.gradient = np.zeros_like(problem.table)
+
+    def logprobs(self, context: Sequence[int], ids: Sequence[int], temperature: float) -> np.ndarray:
+        """Of `ids` after `context`, (T,) float64."""
+        return oracle.row_logprobs(self.table, (context[-1], *ids[:-1]), ids, temperature)
+
+    def taught(self, row: Row, turn: Turn) -> np.ndarray:
+        """Of a turn under the hint, by the teacher's weights, (T,) float64."""
+        ids, before = row.completion[turn.start : turn.end], row.previous[turn.start : turn.end]
+        return oracle.row_logprobs(self.teacher + self.problem.hinted, before, ids, self.problem.temperature)
+
+    def add(self, context: Sequence[int], ids: Sequence[int], slopes: np.ndarray, temperature: float) -> None:
+        """Add sum over t of slopes[t] * d log p(ids[t]) / d table to the gradient."""
+        _scatter(self.gradient, self.table, (context[-1], *ids[:-1]), ids, slopes, temperature)
+
+    def take(self) -> np.ndarray:
+        """Return the gradient of what was added, and begin anew."""
+        found, self.gradient = self.gradient, np.zeros_like(self.table)
+        return found
 
 
 @dataclass
@@ -38,6 +64,7 @@ def expected(
     composer: dict[str, Any],
     micro_batches: Sequence[Sequence[int]] = (),
     teacher: np.ndarray | None = None,
+    scores: Any = None,
 ) -> dict[str, Part]:
     """Return the share of every channel whose weight is above 0, and their sum as "total".
 
@@ -46,39 +73,40 @@ def expected(
         composer: the section as a recipe writes it, with every option that matters spelled out or at its default.
         micro_batches: rows of each micro-batch; only bnpo, local by definition, depends on them.
         teacher: (V, V) table of the self-teacher's weights; None: the problem's own, a live teacher.
+        scores: what gives log-probs and takes slopes in the place of `TableScores`; sdpo then at level sampled.
     """
+    scores = scores or TableScores(problem, problem.table if teacher is None else teacher)
     policy, sdpo, pairs = (composer.get(name) or {} for name in ("policy", "sdpo", "replay_dpo"))
     parts: dict[str, Part] = {}
     if policy.get("weight", 1.0) > 0:
-        parts["policy"] = _policy(problem, policy, micro_batches)
+        parts["policy"] = _policy(problem, policy, micro_batches, scores)
     if sdpo.get("weight", 0.0) > 0:
-        parts["sdpo"] = _sdpo(problem, sdpo, problem.table if teacher is None else teacher)
+        parts["sdpo"] = _sdpo(problem, sdpo, scores)
     if pairs.get("weight", 0.0) > 0:
-        parts["replay_dpo"] = _pairs(problem, pairs)
+        parts["replay_dpo"] = _pairs(problem, pairs, scores)
     parts["total"] = Part(sum(p.loss for p in parts.values()), sum(p.gradient for p in parts.values()))
     return parts
 
 
-def _policy(problem: Problem, config: dict[str, Any], micro_batches: Sequence[Sequence[int]]) -> Part:
+def _policy(problem: Problem, config: dict[str, Any], micro_batches: Sequence[Sequence[int]], scores) -> Part:
     name = config.get("objective", "dr_grpo")
     level, surrogate, reduction, low, high = MENU[name]
     low = 1 - config["clip_low"] if config.get("clip_low") is not None else low
     high = 1 + config["clip_high"] if config.get("clip_high") is not None else high
-    masks = [np.array(row.sampled) for row in problem.rows]
-    coefficients = _coefficients(name, reduction, masks, config, micro_batches)
-    part = Part(0.0, np.zeros_like(problem.table))
+    if surrogate == "cispo" and config.get("cispo_bound") == "absolute":  # TRL's reading: the cap itself, no lower one
+        low, high = 0.0, high - 1
+    masks, weight = [np.array(row.sampled) for row in problem.rows], config.get("weight", 1.0)
+    coefficients = [weight * c for c in _coefficients(name, reduction, masks, config, micro_batches)]
+    loss = 0.0
     for row, mask, coefficient in zip(problem.rows, masks, coefficients, strict=True):
-        logp = _logprobs(problem, row)
+        logp = scores.logprobs(row.prompt, row.completion, problem.temperature)
         values, slopes = oracle.policy(
             logp[None], np.where(mask, row.old_logprobs, 0.0)[None], np.full((1, len(logp)), row.advantage),
             mask[None], level=level, surrogate=surrogate, low=low, high=high, dual=config.get("dual_clip"),
         )  # fmt: skip
-        part.loss += float(values.sum()) * coefficient
-        _scatter(
-            part.gradient, problem.table, row.previous, row.completion, slopes[0] * coefficient, problem.temperature
-        )
-    weight = config.get("weight", 1.0)
-    return Part(part.loss * weight, part.gradient * weight)
+        loss += float(values.sum()) * coefficient
+        scores.add(row.prompt, row.completion, slopes[0] * coefficient, problem.temperature)
+    return Part(loss, scores.take())
 
 
 def _coefficients(name, reduction, masks, config, micro_batches) -> list[float]:
@@ -105,36 +133,35 @@ def hinted_tokens(problem: Problem) -> list[tuple[Row, int]]:
     ]
 
 
-def _sdpo(problem: Problem, config: dict[str, Any], table: np.ndarray) -> Part:
-    tokens = hinted_tokens(problem)
-    denominator = max(len(tokens), config.get("denominator_floor", 0), 1)
+def _sdpo(problem: Problem, config: dict[str, Any], scores) -> Part:
+    denominator = max(len(hinted_tokens(problem)), config.get("denominator_floor", 0), 1)
     scale = config.get("weight", 0.0) / denominator
-    part = Part(0.0, np.zeros_like(problem.table))
-    for row, t in tokens:
-        previous, token = row.previous[t], row.completion[t]
-        value, gradient = _divergence(
-            problem.table[previous],
-            table[previous] + problem.hinted[previous],
-            token,
-            config,
-            problem.temperature,
-        )
-        weight = 1.0
-        if config.get("is_clip", 2.0) is not None:
-            weight = min(math.exp(_logprobs(problem, row)[t] - row.old_logprobs[t]), config.get("is_clip", 2.0))
-        part.loss += scale * weight * value
-        part.gradient[previous] += scale * weight * gradient
-    return part
+    loss, gradient = 0.0, np.zeros_like(problem.table)
+    for row in problem.rows:
+        logp = scores.logprobs(row.prompt, row.completion, problem.temperature)
+        slopes = np.zeros(len(logp))
+        for turn in row.turns:
+            taught = scores.taught(row, turn)
+            for t in (t for t in range(turn.start, turn.end) if row.sampled[t]):
+                weight = scale
+                if config.get("is_clip", 2.0) is not None:
+                    weight *= min(math.exp(logp[t] - row.old_logprobs[t]), config.get("is_clip", 2.0))
+                if config.get("level", "full") == "sampled":  # sg(log s - log t) * log s
+                    slopes[t] = weight * (logp[t] - taught[t - turn.start])
+                    loss += slopes[t] * logp[t]
+                    continue
+                before = row.previous[t]
+                teacher = scores.teacher[before] + problem.hinted[before]
+                value, slope = _divergence(problem.table[before], teacher, config, problem.temperature)
+                loss += weight * value
+                gradient[before] += weight * slope
+        scores.add(row.prompt, row.completion, slopes, problem.temperature)
+    return Part(loss, scores.take() + gradient if gradient.size else scores.take())
 
 
-def _divergence(student: np.ndarray, teacher: np.ndarray, token: int, config: dict[str, Any], temperature: float):
+def _divergence(student: np.ndarray, teacher: np.ndarray, config: dict[str, Any], temperature: float):
     """Value of one token and its gradient (V,) with respect to the student's logits."""
     level, temperature = config.get("level", "full"), config.get("temperature") or temperature
-    if level == "sampled":
-        s, t = oracle.softmax(student, temperature), oracle.softmax(teacher, temperature)
-        ratio = math.log(s[token]) - math.log(t[token])
-        slope = (np.eye(len(s))[token] - s) / temperature
-        return ratio * math.log(s[token]), ratio * slope
 
     def value(logits: np.ndarray) -> float:
         if level == "full":
@@ -153,31 +180,26 @@ def _divergence(student: np.ndarray, teacher: np.ndarray, token: int, config: di
     return value(student), oracle.central(value, student)
 
 
-def _pairs(problem: Problem, config: dict[str, Any]) -> Part:
+def _pairs(problem: Problem, config: dict[str, Any], scores) -> Part:
     beta, smoothing, nll = config.get("beta", 0.1), config.get("label_smoothing", 0.0), config.get("nll_weight", 0.0)
-    part = Part(0.0, np.zeros_like(problem.table))
+    loss = 0.0
     for pair in problem.pairs:
         sides = []
         for action, reference in ((pair.chosen, pair.ref_chosen), (pair.rejected, pair.ref_rejected)):
-            previous = (pair.context[-1], *action[:-1])
-            logp = oracle.row_logprobs(problem.table, previous, action, 1.0)
+            logp = scores.logprobs(pair.context, action, 1.0)
             length = len(action) if config.get("length_normalized") else 1
-            sides.append((previous, action, logp, float((logp - reference).sum()) / length, length))
-        delta = beta * (sides[0][3] - sides[1][3])
+            sides.append((action, logp, float((logp - reference).sum()) / length, length))
+        delta = beta * (sides[0][2] - sides[1][2])
         value = (1 - smoothing) * math.log1p(math.exp(-delta)) + smoothing * math.log1p(math.exp(delta))
         slope = beta * (smoothing / (1 + math.exp(-delta)) - (1 - smoothing) / (1 + math.exp(delta)))
         scale = config.get("weight", 0.0) * pair.weight / len(problem.pairs)
-        part.loss += scale * (value - nll * sides[0][2].mean())
-        for sign, (previous, action, logp, _, length) in zip((1, -1), sides, strict=True):
+        loss += scale * (value - nll * sides[0][1].mean())
+        for sign, (action, logp, _, length) in zip((1, -1), sides, strict=True):
             slopes = np.full(len(logp), sign * slope / length)
             if sign == 1:
                 slopes -= nll / len(logp)
-            _scatter(part.gradient, problem.table, previous, action, scale * slopes, 1.0)
-    return part
-
-
-def _logprobs(problem: Problem, row: Row) -> np.ndarray:
-    return oracle.row_logprobs(problem.table, row.previous, row.completion, problem.temperature)
+            scores.add(pair.context, action, scale * slopes, 1.0)
+    return Part(loss, scores.take())
 
 
 def _scatter(gradient, table, previous, ids, slopes, temperature: float) -> None:

@@ -179,3 +179,20 @@ def row_logprobs(table, previous, ids, temperature):
     highest = logits.max(-1, keepdims=True)
     logits = logits - highest - np.log(np.exp(logits - highest).sum(-1, keepdims=True))
     return logits[np.arange(len(ids)), list(ids)]
+
+
+# --- outer loop ---------------------------------------------------------------------------------------------
+
+
+def outer(local, start, *, lr=0.7, momentum=0.9, nesterov=True):
+    """DiLoCo's outer step (arXiv:2311.08105, algorithm 1, SGD with Nesterov momentum): theta after each round.
+
+    `local` (rounds, islands, size) holds every island's parameters just before each sync, `start` (size,) theta_0.
+    """
+    theta, velocity, found = np.asarray(start, dtype=np.float64), 0.0, []
+    for islands in np.asarray(local, dtype=np.float64):
+        gradient = sum(theta - one for one in islands) / len(islands)
+        velocity = momentum * velocity + gradient
+        theta = theta - lr * (gradient + momentum * velocity if nesterov else velocity)
+        found.append(theta)
+    return np.array(found)

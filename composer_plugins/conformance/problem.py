@@ -24,6 +24,7 @@ class Turn:
 
     start: int
     end: int
+    hint: tuple[int, ...] = (HINT,)
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Row:
     def hinted_context(self, turn: Turn) -> tuple[int, ...]:
         """What the teacher reads before the turn: the hint goes before the last token (the generation prompt)."""
         before = (*self.prompt, *self.completion[: turn.start])
-        return (*before[:-1], HINT, before[-1])
+        return (*before[:-1], *turn.hint, before[-1])
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ class Problem:
         hinted: (V, V) added to them where a hint was read before; never receives gradient.
         rows: rollouts. pairs: preference pairs. temperature: of the rollouts (pairs are scored at 1).
         group_size: rows of one prompt, adjacent.
+        model: name of a language model whose token ids the rows hold, instead of the tables (which are then empty).
+        vocabulary: number of token ids.
     """
 
     table: np.ndarray
@@ -77,6 +80,11 @@ class Problem:
     pairs: tuple[PairOfRows, ...] = ()
     temperature: float = 1.0
     group_size: int = 2
+    model: str | None = None
+    vocabulary: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "vocabulary", self.vocabulary or len(self.table))
 
     @property
     def width(self) -> int:
@@ -128,11 +136,13 @@ class Outcome:
 
     Args:
         loss: of the step, summed over micro-batches as the host does.
-        gradient: (V, V) of the table, summed over micro-batches, averaged or summed over ranks as the host does.
+        gradient: (V, V) of the table, summed over micro-batches, averaged or summed over ranks as the host does; a
+            vector of some parameters for a language model (`real_model.gradient_of`).
         hinted_gradient: (V, V) of the second table.
         metrics: as the host reports them.
         forwards: how often the model was run: "student", "teacher", "pairs"; empty when the host does not run it.
         teacher_ids: (context, ids of the turn) of every turn that the teacher read; empty when not seen.
+        norm: of the gradient of all parameters, where `gradient` holds some of them; None: of `gradient` itself.
     """
 
     loss: float
@@ -141,6 +151,7 @@ class Outcome:
     metrics: dict[str, float] = field(default_factory=dict)
     forwards: dict[str, int] = field(default_factory=dict)
     teacher_ids: list[tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+    norm: float | None = None
 
 
 def make_problem(

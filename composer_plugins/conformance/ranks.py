@@ -1,12 +1,15 @@
-"""Runs a function on several data-parallel processes of this machine (gloo, loopback)."""
+"""Runs a function on several processes of this machine: data-parallel ranks (gloo, loopback), or strangers."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import socket
 import tempfile
-from collections.abc import Callable
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +67,70 @@ def averaged(outcomes: list[Outcome]) -> Outcome:
         forwards=first.forwards,
         teacher_ids=[ids for o in outcomes for ids in o.teacher_ids],
     )
+
+
+class Servant:
+    """A process that makes one call after the other, for hosts that take long to import or own their process.
+
+    Warnings of a call are given again in this process.
+    """
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, other = context.Pipe()
+        self._process = context.Process(target=_serve, args=(other,), daemon=True)
+        self._process.start()
+        other.close()
+
+    def call(self, function: Callable[..., Any], *arguments: Any, timeout: float = 300.0) -> Any:
+        """Return what `function(*arguments)` returns there. Raises `RuntimeError` with the traceback, or when it hangs."""
+        self.begin(function, *arguments)
+        return self.result(timeout)
+
+    def begin(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Start a call; `result` waits for it."""
+        self._name = function.__name__
+        self._pipe.send((function, arguments))
+
+    def result(self, timeout: float = 300.0) -> Any:
+        """Return what the call that was begun returned; raises as `call`."""
+        if not self._pipe.poll(timeout):
+            self.close()
+            raise RuntimeError(f"{self._name} did not end within {timeout:.0f} s.")
+        try:
+            done, value, heard = self._pipe.recv()
+        except EOFError as error:
+            raise RuntimeError(f"The process that ran {self._name} died.") from error
+        for category, message in heard:
+            warnings.warn(message, category, stacklevel=2)
+        if not done:
+            raise RuntimeError(f"{self._name} failed:\n{value}")
+        return value
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.join()
+
+
+def together(servants: Sequence[Servant], function: Callable[..., Any], arguments: Sequence[tuple]) -> list[Any]:
+    """Return what `function(*arguments[i])` returns in each servant, all at the same time. Raises as `Servant.call`."""
+    for servant, given in zip(servants, arguments, strict=True):
+        servant.begin(function, *given)
+    return [servant.result() for servant in servants]
+
+
+def _serve(pipe) -> None:
+    while True:
+        try:
+            function, arguments = pipe.recv()
+        except EOFError:
+            os._exit(0)
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            try:
+                done, value = True, function(*arguments)
+            except Exception:
+                done, value = False, traceback.format_exc()
+        told = [(w.category, str(w.message)) for w in heard if w.category.__module__.startswith("composer_plugins")]
+        pipe.send((done, value, told))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from composer_plugins.errors import ConfigError, PluginError
+from composer_plugins.plugins.registry import Entry
 
 
 @dataclass
@@ -30,27 +31,48 @@ class Run:
 
 
 def resolve_target(target: str) -> str:
-    """Return what pytest is to collect: a host's own conformance module, a test file, or a module by name.
+    """Return what pytest is to collect: a host's or outer loop's own conformance module, a test file, a module by name.
+
+    An outer loop (`diloco`, or the name of the plugin that registers it, `torchft`) has its suite in the module
+    `conformance` of the package it is registered from.
 
     Raises:
-        PluginError: the host has no conformance module. ConfigError: there is neither such a host, file nor module.
+        PluginError: the host or outer loop has no conformance module. ConfigError: there is nothing of this name.
     """
     from composer_plugins.plugins import get_plugin_manager
 
-    hosts = get_plugin_manager().hosts
-    names = ", ".join(entry.name for entry in hosts)
+    manager = get_plugin_manager()
+    hosts, loops = manager.hosts, manager.outer_loops
+    names = ", ".join(entry.name for entry in (*hosts, *loops))
     if target in hosts:
         module = getattr(hosts.get(target).load(), "conformance", None)
         if module is None:
             raise PluginError(f"The host {target!r} names no conformance module (attribute `conformance`).")
         return _file_of(module)
+    for entry in loops:
+        if target in (entry.name, loops.provenance(entry.name).split(":")[-1]):
+            return _file_of(_beside(entry))
     path = Path(target.split("::")[0])
     if path.exists():
         return str(path.absolute()) + target[len(str(path)) :]
     try:
         return _file_of(target)
     except (ImportError, ValueError) as error:
-        raise ConfigError(f"Expected a host ({names}), a test file or a module, found {target!r}: {error}.") from error
+        raise ConfigError(
+            f"Expected a host or outer loop ({names}), a test file or a module, found {target!r}: {error}."
+        ) from error
+
+
+def _beside(entry: Entry) -> str:
+    """Return the module `conformance` of the package that holds an outer loop. Raises `PluginError` without one."""
+    target = entry.target
+    module = target.partition(":")[0] if isinstance(target, str) else target.__module__
+    suite = f"{module.rpartition('.')[0]}.conformance".lstrip(".")
+    try:
+        _file_of(suite)
+    except ImportError as error:
+        raise PluginError(f"The outer loop {entry.name!r} has no conformance suite: expected {suite}.") from error
+    return suite
 
 
 def _file_of(module: str) -> str:

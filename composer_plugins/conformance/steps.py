@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from composer_plugins.channels.silence import SilentChannelWarning
@@ -42,15 +43,17 @@ class StepContracts:
         """
         raise NotImplementedError(f"{type(self).__name__} declares capabilities that need `run`: override it.")
 
-    @contract(Can.EMA_TEACHER)
+    # The rows stay while the policy moves, so every step but the first is off-policy.
+
+    @contract(Can.EMA_TEACHER, Can.OFF_POLICY_SDPO)
     def test_the_ema_teacher_follows_at_its_rate(self) -> None:
         self._follows("ema", rate=0.3)
 
-    @contract(Can.REFERENCE_TEACHER)
+    @contract(Can.REFERENCE_TEACHER, Can.OFF_POLICY_SDPO)
     def test_the_reference_teacher_stands_still(self) -> None:
         self._follows("reference", rate=0.0)
 
-    @contract(Can.LIVE_TEACHER, Can.MONITOR)
+    @contract(Can.LIVE_TEACHER, Can.OFF_POLICY_SDPO, Can.MONITOR)
     def test_the_live_teacher_moves_along(self) -> None:
         self._follows("live", rate=1.0)
 
@@ -82,5 +85,8 @@ class StepContracts:
         for outcome in found:
             wanted = expected(problem, section, teacher=teacher)["total"].gradient
             assert relative_l2(outcome.gradient, wanted) <= self.tolerance
+            assert outcome.hinted_gradient is None or not np.any(outcome.hinted_gradient), (
+                "the teacher carries gradient"
+            )
             problem = replace(problem, table=problem.table - 5.0 * wanted)
             teacher = teacher + rate * (problem.table - teacher)

@@ -190,7 +190,7 @@ class LLMHints:
             return
         if not self._answered:
             raise TeacherError(
-                f"No hint could be had: {stopped} Nothing was written; the same command asks only what is missing."
+                f"No hint could be had: {stopped.rstrip('.')}. Nothing was written; the same command asks only what is missing."
             )
         self._stopped = stopped
         self.notes.append(f"The hint server was given up: {stopped}")

@@ -17,6 +17,9 @@ class TraceReader(Protocol):
 
     A reader may also have `companion(head: bytes) -> str | None`: the reason (one word for the counts) why a file
     is no log but belongs to one, such as the description of a sub-agent. It is then counted and not called unknown.
+
+    For logs of several files it may have `part_of(path: Path) -> Path | None`: the one of them through which all are
+    read; None for a log of one file. `read` is then called with that file only, and reads the others.
     """
 
     name: str

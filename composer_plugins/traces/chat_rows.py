@@ -6,9 +6,10 @@ Three formats share the chat vocabulary, and the first match must not depend on 
   a `reward`;
 - `trl` when it has `prompt` + `completion` or `chosen` (+ `rejected`) as message lists, or `messages` with a trait
   that only TRL datasets have: arguments as objects, `tools` as JSON text, `chat_template_kwargs`;
-- `openai_messages` when it has `messages` and none of these, or when the file is one JSON document.
+- `openai_messages` when it has `messages` and none of these, or when the file is one JSON document of messages.
 
-A file is of the first of these formats that one of its first rows has.
+A file is of the first of these formats that one of its first rows has. Rows may also stand in one JSON document, a
+list of them or a single one, as `datasets` and `json.dump` write them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import msgspec
 from composer_plugins.traces.accounts import note_problem
 from composer_plugins.traces.chat_messages import ROLES
 from composer_plugins.traces.cline import looks_like_cline
-from composer_plugins.traces.documents import peek
+from composer_plugins.traces.documents import Document, peek, read_document
 from composer_plugins.traces.lines import decode_objects, iter_lines
 from composer_plugins.traces.schema import Trace
 
@@ -85,7 +86,10 @@ class Head:
     def format(self) -> str | None:
         """`verifiers`, `trl`, `openai_messages` or None."""
         if not self.lines:
-            return "openai_messages" if any(_is_chat_document(value) for value in self.values) else None
+            rows = [row for value in self.values for row in (value[:5] if isinstance(value, list) else [value])]
+            found = {row_format(row) for row in rows if isinstance(row, dict) and "messages" not in row}
+            chat = ["openai_messages"] if any(_is_chat_document(value) for value in self.values) else []
+            return next((name for name in ("verifiers", "trl", *chat) if name in found or name in chat), None)
         found = {row_format(value) for value in self.values}
         return next((name for name in ("verifiers", "trl", "openai_messages") if name in found), None)
 
@@ -208,8 +212,21 @@ def read_rows(
             counts["skipped:" + damage[0].reason] += 1
 
 
+def read_row_document(
+    document: Document, counts: Counter, to_traces: Callable[[dict[str, Any], Path, int, Note], list[Trace]]
+) -> Iterator[Trace]:
+    """The same as `read_rows` for one JSON document: a list of rows, or one row."""
+    document.note_damage(counts)
+    value = document.value
+    if isinstance(value, list):
+        for row, line in zip(value, document.lines(), strict=False):
+            yield from take_row([row], document.path, line, counts, to_traces)
+    elif value is not None:
+        yield from take_row([value], document.path, 1, counts, to_traces)
+
+
 class RowReader(ABC):
-    """Base of the readers of chat rows: a record is a line, told by `row_format`, and `_row` makes its traces."""
+    """Base of the readers of chat rows: a record is a row, told by `row_format`, and `_row` makes its traces."""
 
     name: str
 
@@ -219,7 +236,12 @@ class RowReader(ABC):
 
     def read(self, path: Path, counts: Counter) -> Iterator[Trace]:
         """Yield the traces of one file (see `composer_plugins.traces.base.TraceReader`)."""
-        yield from read_rows(path, counts, self._row)
+        with path.open("rb") as file:
+            start = file.read(HEAD).removeprefix(b"\xef\xbb\xbf").lstrip()
+        if start[:1] == b"[" or start.split(b"\n", 1)[0].rstrip() == b"{":
+            yield from read_row_document(read_document(path), counts, self._row)
+        else:
+            yield from read_rows(path, counts, self._row)
 
     @abstractmethod
     def _row(self, row: dict[str, Any], path: Path, line: int, note: Note) -> list[Trace]:

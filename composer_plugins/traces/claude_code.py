@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from composer_plugins.traces.claude_code_build import Builder, conversation_name
+from composer_plugins.traces.claude_code_compaction import kept_uuids
 from composer_plugins.traces.claude_code_fates import Fates
 from composer_plugins.traces.claude_code_records import (
     Body,
@@ -35,6 +36,13 @@ from composer_plugins.traces.tools import infer_tools
 
 #: Attachments that are about the program and not put before the model.
 SILENT_ATTACHMENTS = ("hook_success", "hook_non_blocking_error", "hook_cancelled", "hook_system_message")
+#: Records that change what the model sees and are no messages: results replaced by stubs, a stretch of messages by a
+#: summary, the context of the session put before that of a sub-agent.
+CHANGES = {
+    "content-replacement": "microcompaction",
+    "marble-origami-commit": "compaction",
+    "fork-context-ref": "unlinked",
+}
 
 #: How many damaged places are copied into a trace.
 _SHOWN = 100
@@ -128,6 +136,8 @@ class _Scan:
         kind = record.type
         if self.forest.known(record.uuid):
             return "duplicate"
+        if record.session_id is not None:
+            self.forest.printed(record)
         if kind != "assistant" and kind != "user":
             kind = kind_of(record)
             if kind is None:
@@ -140,14 +150,21 @@ class _Scan:
         return None
 
     def _aside(self, record: Line, number: int, raw: bytes | None) -> str:
-        if record.type in ("progress", "system", "attachment"):
-            key = self.forest.link(record)
-            silent = record.attachment is not None and record.attachment.type in SILENT_ATTACHMENTS
-            if record.type == "attachment" and not silent:
-                self.forest.attachment(key)
-        elif not record.type:
+        kind = record.type
+        if not kind:
             return self._malformed(number, raw, "unknown_record", "an object without a type")
-        return record.type
+        if kind in CHANGES:
+            key = (record.sessionId or record.parentSessionId or "", record.agentId)
+            self.forest.changed(key, CHANGES[kind])
+        if record.uuid is None and kind not in ("progress", "system", "attachment"):
+            return kind  # beside the conversation; any other record may be a link of it, of a kind not known here too
+        key = self.forest.link(record)
+        silent = record.attachment is not None and record.attachment.type in SILENT_ATTACHMENTS
+        if kind == "attachment" and not silent:
+            self.forest.changed(key, "attachment")
+        elif kind == "system" and record.subtype == "snip_boundary":
+            self.forest.changed(key, "compaction")
+        return kind
 
     def _malformed(self, number: int, raw: bytes | None, reason: str, detail: str) -> str:
         self._damage(number, raw, [Damage(reason, detail, fatal=False)])
@@ -166,14 +183,14 @@ class _Scan:
     def _trace(self, conversation: Conversation) -> Trace | None:
         if not conversation.nodes:
             return None
-        builder = Builder(self.source, self._lost_of(conversation))
+        builder = Builder(self.source, self._lost_of(conversation), kept_uuids(conversation))
         outcome: dict[int, str | None] = {}
         for node in conversation.prefix:
             _note(outcome, node.line, builder.add(node, own=False))
-        entered, position = conversation.attachments, 0
+        changes, position = conversation.changes, 0
         for node in conversation.nodes:
-            while position < len(entered) and entered[position] <= node.order:
-                builder.attachment()
+            while position < len(changes) and changes[position][0] <= node.order:
+                builder.inexact(changes[position][1])
                 position += 1
             if node.dropped:
                 self.fates.settle(node.line, "rewound")
@@ -213,7 +230,7 @@ class _Scan:
             id=conversation_name(conversation), format=ClaudeCodeReader.name, agent="claude-code",
             session_id=conversation.session_id or None,
             parent_id=(conversation.session_id or None) if conversation.agent_id else None,
-            messages=builder.messages, steps=builder.steps, tools=infer_tools(builder.messages),
+            outcome=conversation.outcome, messages=builder.messages, steps=builder.steps, tools=infer_tools(builder.messages),
             source_file=self.source, extra={key: value for key, value in extra.items() if value},
         )  # fmt: skip
 

@@ -53,10 +53,12 @@ class Builder:
     Args:
         source: file name for `SourceRef`.
         damaged: sorted numbers of lines that were lost; steps after one have an inexact history.
+        kept: uuids of the records that a compaction keeps: they are shown again after its summary.
     """
 
-    def __init__(self, source: str, damaged: list[int]) -> None:
-        self.source, self.damaged = source, damaged
+    def __init__(self, source: str, damaged: list[int], kept: frozenset[str] = frozenset()) -> None:
+        self.source, self.damaged, self.kept = source, damaged, kept
+        self.shown_again: list[Inference | UserText] = []
         self.items: list[Inference | UserText] = []
         self.by_message: dict[str, Inference] = {}
         self.by_call: dict[str, Inference] = {}
@@ -77,14 +79,21 @@ class Builder:
             return None
         if node.kind == "micro":
             self.cleared += len(cleared_ids(node.record))
-            self._inexact("microcompaction")
+            self.inexact("microcompaction")
             return None
         if (node.parent is None or own) and self._unlinked(node, own) and not node.record.isCompactSummary:
-            self._inexact("unlinked")
+            self.inexact("unlinked")
         self.begun = self.begun or own
-        if node.kind == "assistant":
-            return self._assistant(node, own)
-        return self._user(node.record, node.line)
+        count = len(self.items)
+        reason = self._assistant(node, own) if node.kind == "assistant" else self._user(node.record, node.line)
+        if self.kept and node.record.uuid in self.kept:
+            item = self.by_message.get(_message_key(node)) if node.kind == "assistant" else None
+            self._keep(item or (self.items[-1] if len(self.items) > count else None))
+        return reason
+
+    def _keep(self, item: Inference | UserText | None) -> None:
+        if item is not None and not any(known is item for known in self.shown_again):
+            self.shown_again.append(item)
 
     def _unlinked(self, node: Node, own: bool) -> bool:
         """True when what stood before a record in the model's context is not what stands before it here."""
@@ -92,22 +101,18 @@ class Builder:
             return node.dangling or bool(self.items and node.kind == "user" and own)
         return own and self.begun and node.parent.key != node.key
 
-    def attachment(self) -> None:
-        """Something that the log does not spell out entered the context."""
-        self._inexact("attachment")
-
-    def _inexact(self, reason: str) -> None:
+    def inexact(self, reason: str) -> None:
+        """From here on the context is another one than the messages show."""
         if reason not in self.reasons:
             self.reasons = [*self.reasons, reason]
 
     def _compact(self) -> None:
         self.start = len(self.items)
         self.compactions += 1
-        self._inexact("compaction")
+        self.inexact("compaction")
 
     def _assistant(self, node: Node, own: bool) -> str | None:
-        body = node.record.message
-        key = body.id or node.record.uuid or f"line {node.line}"
+        body, key = node.record.message, _message_key(node)
         inference = self.by_message.get(key)
         fresh = inference is None
         if fresh:
@@ -124,7 +129,7 @@ class Builder:
 
     def _reasons_at(self, line: int) -> list[str]:
         if self.damaged and bisect_left(self.damaged, line) > 0:
-            self._inexact("damaged_line")
+            self.inexact("damaged_line")
         return self.reasons
 
     def _take(self, inference: Inference, block: Block) -> bool:
@@ -141,12 +146,19 @@ class Builder:
         elif kind == "thinking":
             text, known = block.thinking, inference.thinking
         else:
-            self.blocks[kind] += 1
+            self._other(kind)
             return False
+        if not text and kind == "thinking":
+            self.inexact("encrypted_reasoning")  # its signature holds it, and stands before the next inference
         if not text or text in known:
             return False
         known.append(text)
         return True
+
+    def _other(self, kind: str) -> None:
+        """A block that has no place in a message here, and had one in the context."""
+        self.blocks[kind] += 1
+        self.inexact("encrypted_reasoning" if kind == "redacted_thinking" else "attachment")
 
     def _user(self, record: Line, line: int) -> str | None:
         texts, answered, orphans = [], False, 0
@@ -160,7 +172,7 @@ class Builder:
                 texts.append(IMAGE if block.type == "image" else "[document]")
                 self.images += block.type == "image"
             else:
-                self.blocks[block.type] += 1
+                self._other(block.type)
         content = "\n\n".join(t for t in texts if t)
         if not content:
             return None if answered else "orphan_result" if orphans else "empty_message"
@@ -170,6 +182,9 @@ class Builder:
         if kind == "interruption":
             self._interrupt(content, line)
         self.items.append(UserText(content, kind))
+        if kind == "compact_summary":
+            again, self.shown_again = self.shown_again, []
+            self.items += [i if isinstance(i, UserText) else msgspec.structs.replace(i, own=False) for i in again]
         return None
 
     def _result(self, block: Block, line: int) -> bool:
@@ -248,6 +263,10 @@ class Builder:
                     if isinstance(count := item.usage.get(name), int):
                         total[name] = total.get(name, 0) + count
         return total
+
+
+def _message_key(node: Node) -> str:
+    return node.record.message.id or node.record.uuid or f"line {node.line}"
 
 
 def not_trainable(item: Inference, action: Message, results: list[ToolResult]) -> str | None:

@@ -63,7 +63,11 @@ class Line(msgspec.Struct, gc=False):
     parentUuid: str | None = None
     logicalParentUuid: str | None = None
     sessionId: str | None = None
+    #: In the place of `sessionId` and `agentId` in what `claude -p --output-format stream-json` prints.
+    session_id: str | None = None
+    parent_tool_use_id: str | None = None
     agentId: str | None = None
+    parentSessionId: str | None = None
     subtype: str | None = None
     isSidechain: bool | None = None
     isMeta: bool | None = None
@@ -74,6 +78,7 @@ class Line(msgspec.Struct, gc=False):
     gitBranch: str | None = None
     message: Body | None = None
     attachment: Attachment | None = None
+    compactMetadata: dict[str, Any] | None = None
     compactedToolIds: list[str] | None = None
     microcompactMetadata: dict[str, Any] | None = None
     toolUseResult: Outcome | str | int | float | bool | list[Any] | None = None
@@ -156,6 +161,8 @@ def looks_like_claude_code(head: bytes) -> bool:
             continue
         if {"sessionId", "uuid", "leafUuid", "snapshot"} & set(value):
             return True
+        if "session_id" in value and ("message" in value or value.get("subtype") == "init"):
+            return True  # what the program prints
     return False
 
 

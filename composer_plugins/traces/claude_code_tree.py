@@ -83,8 +83,10 @@ class Conversation:
     complete: bool = False
     #: Conversations that ended first and continue this one.
     waiting: list[Conversation] = field(default_factory=list)
-    #: Orders before which something unlogged entered the context.
-    attachments: list[int] = field(default_factory=list)
+    #: (order before which, why) the context became another one than the messages show.
+    changes: list[tuple[int, str]] = field(default_factory=list)
+    #: How the program says that it ended (printed logs only).
+    outcome: str | None = None
     #: Sub-agent → the call that started it.
     sub_agents: dict[str, str] = field(default_factory=dict)
     #: Several records come after the same one: an older branch may have been rewound.
@@ -131,9 +133,9 @@ class Forest:
             self._links_of[key[0]].append(record.uuid)
         return key
 
-    def attachment(self, key: Key) -> None:
-        """Remember that something unlogged entered a context here."""
-        self._home(key).attachments.append(self._count)
+    def changed(self, key: Key, reason: str) -> None:
+        """Remember that a context is from here on another one than the messages show."""
+        self._home(key).changes.append((self._count, reason))
 
     def add(self, record: Line, line: int, kind: str) -> Node:
         """Add a record of the conversation."""
@@ -144,6 +146,8 @@ class Forest:
             above = self.by_uuid.get(parent)
             if above is None:
                 above, dangling = self._resolve(parent)
+        elif record.session_id is not None:  # printed: each record follows the last, and the prompt may be missing
+            above, dangling = (home.nodes[-1], False) if home.nodes else (None, kind == "assistant")
         if kind == "compact" and record.parentUuid is None:
             dangling = False  # the context starts anew here, whatever was before
         node = Node(record, line, self._count, kind, home.key, above, dangling)
@@ -157,6 +161,15 @@ class Forest:
         if record.uuid is not None:
             self.by_uuid[record.uuid] = node
         return node
+
+    def printed(self, record: Line) -> None:
+        """Name the conversation of a record that the program printed; there is no tree then, each follows the last."""
+        record.sessionId = record.sessionId or record.session_id
+        if record.parent_tool_use_id:
+            record.isSidechain, record.agentId = True, record.parent_tool_use_id
+            self._home((record.sessionId, None)).sub_agents.setdefault(record.agentId, record.agentId)
+        elif record.type == "result":
+            self._home((record.sessionId, None)).outcome = record.subtype
 
     def started(self, node: Node, agent_id: str, call_id: str) -> None:
         """Remember which call started a sub-agent."""

@@ -42,6 +42,8 @@ class ClineReader:
             if "session_id" in value and ("messages_path" in value or "started_at" in value):
                 return "session_description"
             return "task_metadata" if {"files_in_context", "model_usage"} <= set(value) else None
+        if _first_edit(value) is not None:
+            return "context_history"
         first = value[0] if isinstance(value, list) and value else None
         shown = isinstance(first, dict) and "ts" in first and first.get("type") in ("say", "ask")
         return "shown_messages" if shown and first["type"] in first else None
@@ -63,7 +65,7 @@ class ClineReader:
             value = value["messages"] if value["messages"] is not None else {}
         trace = None
         if isinstance(value, list) and value:
-            trace = _read(Task(records, about), value, document.lines(*keys))
+            trace = _read(Task(records, about), value, document.lines(*keys), None if keys else _edited(path))
         else:
             records.nothing(value)
         records.settle(counts, any_steps=trace is not None)
@@ -71,9 +73,11 @@ class ClineReader:
             yield trace
 
 
-def _read(task: Task, messages: list[Any], lines: list[int]) -> Trace | None:
+def _read(task: Task, messages: list[Any], lines: list[int], edited: int | None) -> Trace | None:
     for number, message in enumerate(messages, 1):
         task.records.total = number
+        if edited is not None and number - 1 > edited:
+            task.talk.inexact("microcompaction")
         line = lines[number - 1] if number <= len(lines) else 0
         task.records.settle_one(number, task.add(message, line, number))
     return task.trace()
@@ -116,6 +120,29 @@ def _trait(message: Any) -> bool:
         if text.startswith("<task>") if message["role"] == "user" else any(tag in text for tag in _TAGS):
             return True
     return False
+
+
+def _edited(path: Path) -> int | None:
+    """The first message (from 0) that the extension changed in later requests; None when it changed none.
+
+    It keeps such changes (a file's older contents replaced by a note, the notice that messages were left out) beside
+    the conversation, in `context_history.json`: pairs of a message's index and its changes.
+    """
+    try:
+        return _first_edit(json.loads((path.parent / "context_history.json").read_bytes()[:_DESCRIPTION]))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _first_edit(value: Any) -> int | None:
+    """The lowest index in a history of changes; None when the value is no such history, or has no change."""
+    found = []
+    for entry in value if isinstance(value, list) else ():
+        pair = entry[1] if isinstance(entry, list) and len(entry) == 2 and type(entry[0]) is int else None
+        if not isinstance(pair, list) or len(pair) != 2 or type(pair[0]) is not int or not isinstance(pair[1], list):
+            return None
+        found += [entry[0]] if pair[1] else []
+    return min(found, default=None)
 
 
 def _description(path: Path, session: Any) -> dict[str, Any]:

@@ -51,10 +51,15 @@ class Task:
         blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
         blocks = [b if isinstance(b, dict) else {"type": "text", "text": json_text(b)} for b in blocks]
         about = message.get("metadata") if isinstance(message.get("metadata"), dict) else {}
-        if about.get("kind") == "compaction":
+        summary = message.get("isSummary") is True  # of a fork of the extension
+        if about.get("kind") == "compaction" or summary:
             self._compacted(record)
+        if message.get("isTruncationMarker") is True:
+            self.talk.inexact("compaction")
         if role == "assistant":
-            return self._assistant(message, blocks, line, record, kept=about.get("compaction") == "preserved")
+            return self._assistant(
+                message, blocks, line, record, kept=summary or about.get("compaction") == "preserved"
+            )
         return _User(self, line, record).take(blocks)
 
     def _compacted(self, record: int) -> None:

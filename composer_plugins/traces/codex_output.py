@@ -1,7 +1,7 @@
-"""Results of Codex tool calls: three ways of writing an exit code, and Codex's own sentences.
+"""Results of Codex tool calls: four ways of writing an exit code, and Codex's own sentences.
 
 Sources: openai/codex `codex-rs/core/src/tools/mod.rs` (structured and freeform output), `context.rs` (unified
-exec), `codex-rs/core/src/tools/events.rs` (rejections).
+exec), `codex-rs/core/src/tools/events.rs` (rejections), `codex-rs/core/src/tools/code_mode/` (scripts).
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ _REJECTED = re.compile(
     re.IGNORECASE,
 )
 _ABORTED = re.compile(r"\A(?:Wall time: [^\n]*\n)?(?:command )?aborted(?: by user\b|\s*\Z)", re.IGNORECASE)
+#: Code mode: the model writes a script that calls the tools, and this stands before what the script printed.
+_SCRIPT = re.compile(r"\AScript (completed|failed|terminated|running with cell ID [^\n]*)\nWall time [^\n]*\nOutput:\n")
 #: How Codex itself reports that a call could not be carried out; it records no flag with them.
 _FAILED = re.compile(
     r"\A(?:unsupported (?:custom tool )?call: |failed to parse function arguments|apply_patch verification failed"
@@ -48,7 +50,9 @@ def read_output(value: Any) -> Output:
         flagged = value.get("success") is False
         value = value.get("content_items") or value.get("content")
     text, _, images = content_of(value)
-    inner, exit_code = _unwrap(text)
+    script = _SCRIPT.match(text)
+    flagged = flagged or (script is not None and script[1] == "failed")
+    inner, exit_code = _unwrap(text) if script is None else _printed(text[script.end() :])
     if _REJECTED.match(inner):
         return Output(text, inner, exit_code, True, Status.HUMAN_REJECT, "user_rejected", images)
     if _ABORTED.match(inner):
@@ -57,14 +61,30 @@ def read_output(value: Any) -> Output:
     return Output(text, inner, exit_code, flagged, None, None, images)
 
 
+def _printed(text: str) -> tuple[str, int | None]:
+    """What a script printed; when that is the result of one command, the command's output and exit code."""
+    text = text.removeprefix("\n")  # between the header, a part of its own, and the next part
+    value = _object(text)
+    code = value.get("exit_code")
+    if isinstance(value.get("output"), str) and type(code) is int and abs(code) < 2**31:
+        return value["output"], code
+    return text, None
+
+
+def _object(text: str) -> dict[str, Any]:
+    """The JSON object that a text is; {} when it is none."""
+    try:
+        value = json.loads(text) if text.lstrip()[:1] == "{" else None
+    except (ValueError, RecursionError):
+        value = None
+    return value if isinstance(value, dict) else {}
+
+
 def _unwrap(text: str) -> tuple[str, int | None]:
     """Return (what the command printed, its exit code) out of the wrapping that Codex put around it."""
     if text.startswith("{") and '"metadata"' in text:
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError):
-            value = None
-        if isinstance(value, dict) and isinstance(value.get("output"), str):
+        value = _object(text)
+        if isinstance(value.get("output"), str):
             metadata = value.get("metadata")
             code = metadata.get("exit_code") if isinstance(metadata, dict) else None
             return value["output"], code if type(code) is int and abs(code) < 2**31 else None

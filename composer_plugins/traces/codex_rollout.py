@@ -82,6 +82,8 @@ class Rollout:
         if kind == "compacted":
             self._compacted(payload, line)
             return None
+        if kind == "token_usage_record":
+            self.sealed = True
         if kind == "inter_agent_communication":
             self.talk.inexact("attachment")  # put before the model in a form that the log does not give
         return kind
@@ -99,6 +101,8 @@ class Rollout:
             self.notes["other_sessions"] += 1  # a fork repeats the header of the session it came from
             return None
         self.meta = meta
+        if isinstance(meta.get("history_base"), dict):
+            self.talk.inexact("unlinked")  # since 0.154 a fork's file begins where the other session's file ends
         base = meta.get("base_instructions")
         self.system = text_or_none(base.get("text") if isinstance(base, dict) else base)
         if self.system is None:
@@ -132,8 +136,9 @@ class Rollout:
             return None
         if not isinstance(kind, str):
             return self._malformed(line, "a response item without a type")
-        if kind != "ghost_snapshot":
+        if kind not in ("ghost_snapshot", "compaction_trigger"):
             self.notes["other_items"] += 1
+            self.talk.inexact("attachment")  # items are what the model is shown
         return kind
 
     def _inference(self, line: int, own: bool) -> Turn:
@@ -255,7 +260,8 @@ class Rollout:
         extra = {
             "version": meta.get("cli_version"), "cwd": meta.get("cwd"), "git": meta.get("git"),
             "originator": meta.get("originator"), "model_provider": meta.get("model_provider"),
-            "forked_from": meta.get("forked_from_id"), "images": self.talk.images or None, "injected": self.talk.laid.injected,
+            "forked_from": meta.get("forked_from_id"), "continues": dig(meta, "history_base", "thread_id"),
+            "images": self.talk.images or None, "injected": self.talk.laid.injected,
             "usage": {k: v for k in USAGE if type(v := self.usage.get(k)) is int}, **+self.notes,
             "problems": self.records.named_problems(),
         }  # fmt: skip

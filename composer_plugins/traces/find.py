@@ -12,6 +12,11 @@ from composer_plugins.traces.store import manifest_path
 
 #: So many bytes of a file decide its format.
 HEAD = 64 * 1024
+#: First bytes of compressed files, and what unpacks them. (Codex packs its older rollouts as `.jsonl.zst`.)
+PACKED = {
+    b"\x28\xb5\x2f\xfd": "zstd -d", b"\x1f\x8b": "gunzip -k", b"PK\x03\x04": "unzip", b"BZh": "bunzip2 -k",
+    b"\xfd7zXZ\x00": "unxz -k",
+}  # fmt: skip
 _MANIFEST = manifest_path(Path("x")).name.removeprefix("x")
 
 
@@ -31,6 +36,14 @@ def find_reader(path: Path, *, manager: PluginManager | None = None) -> TraceRea
                 return reader
         except Exception as error:  # a plugin's bug must not keep other readers from their files
             broken += f" The reader {entry.name!r} failed on it ({type(error).__name__}: {error}): report that bug."
+    packed = next((how for start, how in PACKED.items() if head.startswith(start)), None)
+    if packed is not None:
+        raise TraceError(f"{path} is compressed. Unpack it first, then pass what comes out: {packed} {path}")
+    if head.startswith(b"PAR1"):
+        raise TraceError(
+            f"{path} is a Parquet file; logs and datasets are read as JSON. Convert it with `datasets`: "
+            f"load_dataset('parquet', data_files='{path}', split='train').to_json('{path.stem}.jsonl')"
+        )
     kind = "binary data" if _is_binary(head) else f"a file that starts with {head[:40]!r}"
     raise TraceError(
         f"{path} is of no known log format: found {kind}. Formats that can be read: "

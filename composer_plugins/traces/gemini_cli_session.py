@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from composer_plugins.traces.accounts import Records
@@ -141,8 +142,9 @@ class Session:
             "problems": self.records.named_problems(),
         }  # fmt: skip
         return self.talk.trace(
-            session or "no-session", "gemini_cli", agent="gemini-cli", session_id=session, extra=extra
-        )
+            session or "no-session", "gemini_cli", agent="gemini-cli", session_id=session, extra=extra,
+            parent_id=Path(self.records.source).resolve().parent.name if self.meta.get("kind") == "subagent" else None,
+        )  # fmt: skip
 
     def _add(self, entry: Entry) -> None:
         message, record = entry.message, entry.record

@@ -77,6 +77,8 @@ class Report:
         """Take over how the reading of a file ended."""
         if outcome.companion:
             self.companions[str(path)] = outcome.companion
+            if outcome.sha256:
+                self.manifest.inputs[str(path)] = outcome.sha256
         elif outcome.refused:
             self.refused[str(path)] = outcome.refused
         else:

@@ -20,11 +20,11 @@ from composer_plugins.traces.chat_rows import (
     Head,
     Note,
     RowError,
+    read_row_document,
     read_rows,
     row_id,
     sniff_head,
     spare_fields,
-    take_row,
 )
 from composer_plugins.traces.documents import Document, read_document
 from composer_plugins.traces.model_fields import text_or_none
@@ -74,15 +74,16 @@ class OpenAIMessagesReader:
         return talk.trace(trace_id, self.name, tools=tools, extra={"fields": spare_fields(row, CONVERSATION_KEYS)})
 
     def _document(self, document: Document, counts: Counter) -> Iterator[Trace]:
-        document.note_damage(counts)
         value = document.value
         if isinstance(value, dict):
+            document.note_damage(counts)
             yield from self._messages(document, value, "messages", counts)
         elif isinstance(value, list) and any(isinstance(v, dict) and "messages" in v for v in value):
-            for row, line in zip(value, document.lines(), strict=False):
-                yield from take_row([row], document.path, line, counts, self._row)
-        elif isinstance(value, list):
-            yield from self._messages(document, {"messages": value}, None, counts)
+            yield from read_row_document(document, counts, self._row)
+        else:
+            document.note_damage(counts)
+            if isinstance(value, list):
+                yield from self._messages(document, {"messages": value}, None, counts)
 
     def _messages(self, document: Document, row: dict[str, Any], key: str | None, counts: Counter) -> Iterator[Trace]:
         """One conversation that fills the document: each message is a record."""

@@ -3,7 +3,8 @@
 - `output.jsonl` of an evaluation or of the resolver: one instance a line, its events in `history` (V0 also as
   [action, observation] pairs);
 - an event stream as JSON Lines: one event a line;
-- an event stream as one document: a list of events (V0's downloaded trajectory), or an object that holds it.
+- an event stream as one document: a list of events (V0's downloaded trajectory), or an object that holds it;
+- a folder with one file for each event, as both versions keep a conversation on disk (see `openhands_folder`).
 
 What the events mean is in `openhands_v0` and `openhands_v1`.
 """
@@ -16,14 +17,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from composer_plugins.traces import openhands_v0, openhands_v1
+from composer_plugins.traces import openhands_folder, openhands_v0, openhands_v1
 from composer_plugins.traces.accounts import Records
 from composer_plugins.traces.documents import iter_arrays, peek, read_document
+from composer_plugins.traces.ledger import Problem
 from composer_plugins.traces.lines import decode_objects, iter_lines
 from composer_plugins.traces.model_fields import dict_at, text_or_none
 from composer_plugins.traces.openhands_v0 import V0Events
 from composer_plugins.traces.openhands_v1 import V1Events
-from composer_plugins.traces.schema import Trace
+from composer_plugins.traces.schema import SourceRef, Trace
 
 #: Where an object keeps its events.
 HOLDERS = ("history", "events", "trajectory", "items")
@@ -43,6 +45,14 @@ class OpenHandsReader:
             return True
         return any(_is_log(peek(raw)) for raw in head.split(b"\n")[1:_SNIFFED_LINES])
 
+    def companion(self, head: bytes) -> str | None:
+        """One word for the files beside the events of a conversation: its state, its description."""
+        return openhands_folder.companion(head)
+
+    def part_of(self, path: Path) -> Path | None:
+        """The first event of the conversation that an event file belongs to (see `TraceReader`)."""
+        return openhands_folder.first_event(path, _is_event)
+
     def read(self, path: Path, counts: Counter) -> Iterator[Trace]:
         """Yield the traces of one file (see `composer_plugins.traces.base.TraceReader`).
 
@@ -51,7 +61,10 @@ class OpenHandsReader:
         Raises:
             TraceError: the file is one document and larger than `MAX_DOCUMENT`.
         """
-        yield from (_read_document if _is_document(path) else _read_lines)(path, counts)
+        if self.part_of(path) == path:
+            yield from _read_folder(path, counts)
+        else:
+            yield from (_read_document if _is_document(path) else _read_lines)(path, counts)
 
 
 def _events(value: Any) -> list[Any] | None:
@@ -107,10 +120,16 @@ def _whole(raw: bytes) -> bool:
 
 
 class _Conversation:
-    """The events of one conversation, handed to the version they are of."""
+    """The events of one conversation, handed to the version they are of.
 
-    def __init__(self, path: Path, row: dict[str, Any] | None = None) -> None:
-        self.path, self.row = path, row or {}
+    Args:
+        path: the log.
+        row: what stands around the events.
+        files: where each event has a file of its own: these, and `line` is the number of the file.
+    """
+
+    def __init__(self, path: Path, row: dict[str, Any] | None = None, files: list[Path] | None = None) -> None:
+        self.path, self.row, self.files = path, row or {}, [str(file) for file in files or ()]
         self.records = Records(str(path))
         self.collector: V0Events | V1Events | None = None
 
@@ -141,8 +160,19 @@ class _Conversation:
         if self.collector is not None:
             self.collector.close()
             trace = self._trace(self.collector, name or self.path.name.split(".json")[0])
+        if self.files:
+            self._place(trace)
         self.records.settle(counts, any_steps=trace is not None)
         return trace
+
+    def _place(self, trace: Trace | None) -> None:
+        """Every step, result and damaged place names the file of its event."""
+        problems = self.records.problems
+        problems[:] = [p._replace(file=self.files[p.line - 1], line=1) for p in problems]
+        for step in trace.steps if trace is not None else ():
+            for item in (step, *step.results):
+                if item.source_ref is not None:
+                    item.source_ref = SourceRef(file=self.files[item.source_ref.line - 1], line=1)
 
     def _trace(self, collector: V0Events | V1Events, name: str) -> Trace | None:
         row = self.row
@@ -232,6 +262,25 @@ def _read_document(path: Path, counts: Counter) -> Iterator[Trace]:
     for event, line in zip(events or [], document.lines(*keys), strict=True):
         conversation.feed(event, line)
     trace = conversation.finish(counts)
+    if trace is not None:
+        yield trace
+
+
+def _read_folder(first: Path, counts: Counter) -> Iterator[Trace]:
+    """The conversation that begins with the event file `first`. A record is a file, and counts as its line 1."""
+    files = openhands_folder.parts(first)
+    conversation = _Conversation(first, {"metadata": {"llm": {"model": openhands_folder.model_of(first)}}}, files)
+    for number, file in enumerate(files, 1):
+        document = read_document(file)
+        damage = document.damage
+        if damage is not None and (damage.fatal or damage.reason not in ("not_utf8", "too_deep")):
+            conversation.records.damage(damage.reason, number, damage.detail)
+            conversation.lost()
+            continue
+        if damage is not None:
+            conversation.records.problems.append(Problem("", number, damage.reason, damage.detail, lost=False))
+        conversation.feed(document.value, number)
+    trace = conversation.finish(counts, openhands_folder.name_of(first))
     if trace is not None:
         yield trace
 

@@ -34,7 +34,7 @@ class FileOutcome:
     """How the reading of a file ended. Either `report`, `ledger` and `sha256` are set, or one of the two reasons.
 
     `refused` says why a file of a folder was not read; `companion`, in one word, what it is when it is no log but
-    belongs to one, or was written by us.
+    belongs to one, or was written by us; with `sha256` when it is read, with another file.
     """
 
     report: FileReport | None = None
@@ -63,12 +63,30 @@ def read_file(job: Job, outcome: FileOutcome, manager: PluginManager | None = No
         outcome.companion = "file_of_ours"
         return
     try:
-        yield from _traces(job, find_reader(job.path, manager=manager), outcome)
+        reader = find_reader(job.path, manager=manager)
+        if _is_part(job, reader, outcome):
+            return
+        yield from _traces(job, reader, outcome)
     except TraceError as error:
         if job.named:
             raise
         outcome.companion = _companion(job.path, manager)
         outcome.refused = None if outcome.companion else str(error)
+
+
+def _is_part(job: Job, reader: TraceReader, outcome: FileOutcome) -> bool:
+    """True for a file that is read with another one, the first of their log."""
+    part_of = getattr(reader, "part_of", None)
+    first = part_of(job.path) if part_of is not None else None
+    if first is None or first == job.path:
+        return False
+    if job.named:
+        raise TraceError(
+            f"{job.path} is one of several files that hold one conversation, and says nothing alone. "
+            f"Pass their folder: {first.parent}"
+        )
+    outcome.companion, outcome.sha256 = "part_of_a_log", file_sha256(job.path)
+    return True
 
 
 def _companion(path: Path, manager: PluginManager | None) -> str | None:

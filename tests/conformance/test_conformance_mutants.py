@@ -6,6 +6,7 @@ its own. A replacement that no longer matches the source fails the test, so the 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -21,18 +22,20 @@ pytest.importorskip("trl")
 pytestmark = pytest.mark.slow  # two to four minutes; `make test-mutants`, which the gate runs too
 
 ROOT = Path(__file__).parents[2]
-CORE, TRL = "composer_plugins", "composer_trl"
+CORE, TRL, TORCHFT = "composer_plugins", "composer_trl", "composer_torchft"
+SUITES = {TRL: f"{TRL}/conformance.py::TestTRL", TORCHFT: f"{TORCHFT}/conformance.py::TestTorchFT"}
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """`old` in `file` becomes `new`; the contract `caught_by` has to fail."""
+    """`old` in `file` becomes `new`; the contract `caught_by` of the package `of` has to fail."""
 
     name: str
     file: str
     old: str
     new: str
     caught_by: str
+    of: str = TRL
 
 
 MUTANTS = [
@@ -137,6 +140,39 @@ MUTANTS = [
         "a silent channel stays silent", f"{CORE}/channels/silence.py", "        if active > 0:\n",
         "        if active >= 0:\n", "test_a_silent_channel_is_reported",
     ),
+    Mutant(
+        "the outer gradient has the other sign", f"{TORCHFT}/exchange.py", "lr=config.lr, momentum", "lr=config.lr, maximize=True, momentum",
+        "test_two_islands_follow_the_prediction", TORCHFT,
+    ),
+    Mutant(
+        "an outer step without Nesterov", f"{TORCHFT}/exchange.py", "nesterov=config.nesterov", "nesterov=False",
+        "test_two_islands_follow_the_prediction", TORCHFT,
+    ),
+    Mutant(
+        "the all-reduce is a no-op", f"{TORCHFT}/exchange.py", "    def _clear_local_parameters(self) -> None:",
+        "    def _average_grads(self):\n"
+        "        self._allreduce_work = [self._manager.allreduce(g.clone()) for g in self._grads.values()]\n\n"
+        "    def _clear_local_parameters(self) -> None:",
+        "test_islands_are_equal_after_every_sync", TORCHFT,
+    ),
+    Mutant(
+        "half of the outer gradient", f"{TORCHFT}/exchange.py", "lr=config.lr, momentum", "lr=config.lr / 2, momentum",
+        "test_it_equals_float64_on_the_recorded_parameters[heavy ball]", TORCHFT,
+    ),
+    Mutant(
+        "unequal initial weights pass", f"{TORCHFT}/handshake.py", "    if len({c.values for c in newest}) > 1:\n", "    if False:\n",
+        "test_unequal_initial_parameters_are_refused", TORCHFT,
+    ),
+    Mutant(
+        "outer momentum is not in the checkpoint", f"{TORCHFT}/exchange.py",
+        '        self._outer_optimizer.load_state_dict(state["outer_optimizer"])\n', "",
+        "test_a_resumed_run_keeps_its_momentum", TORCHFT,
+    ),
+    Mutant(
+        "an island's own steps get into the model", f"{TORCHFT}/loop.py",
+        "            fragment.cancel()\n            fragment.restore_parameters()\n", "            fragment.cancel()\n",
+        "test_what_is_exported_is_the_global_model", TORCHFT,
+    ),
 ]  # fmt: skip
 
 
@@ -145,7 +181,7 @@ def source_of(file: str) -> Path:
     return folder / file
 
 
-def conformance(folder: Path, contract: str) -> dict[str, str]:
+def conformance(folder: Path, contract: str, of: str = TRL) -> dict[str, str]:
     """Run one contract on the packages in `folder`; return outcome by test name."""
     report = folder / "report.json"
     (folder / "pytest.ini").write_text("[pytest]\n")
@@ -154,7 +190,7 @@ def conformance(folder: Path, contract: str) -> dict[str, str]:
         [
             sys.executable, "-m", "pytest", "-q", "-c", str(folder / "pytest.ini"), "--rootdir", str(folder),
             "-p", "composer_plugins.conformance.plugin", "-p", "no:cacheprovider", "--import-mode=importlib",
-            "--conformance-json", str(report), f"{folder / TRL / 'conformance.py'}::TestTRL::{name}",
+            "--conformance-json", str(report), f"{folder / SUITES[of]}::{name}",
         ],
         env={**os.environ, "PYTHONPATH": str(folder), "PYTEST_ADDOPTS": "", "OMP_NUM_THREADS": "1"},
         cwd=folder, capture_output=True, text=True, timeout=300,  # `-m` puts the working directory first
@@ -166,13 +202,15 @@ def conformance(folder: Path, contract: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
 def test_a_planted_defect_is_caught_by_the_contract_that_names_it(mutant, tmp_path):
-    for package in (ROOT / CORE, ROOT / "adapters" / TRL):
+    if mutant.of == TORCHFT and importlib.util.find_spec("torchft") is None:
+        pytest.skip("torchft is not installed: make test-torchft sets it up")
+    for package in (ROOT / CORE, ROOT / "adapters" / mutant.of):
         shutil.copytree(package, tmp_path / package.name, ignore=shutil.ignore_patterns("__pycache__"))
     patched = tmp_path / mutant.file
     text = source_of(mutant.file).read_text()
     assert text.count(mutant.old) == 1, f"{mutant.file} no longer has exactly one {mutant.old!r}: rewrite the mutant"
     patched.write_text(text.replace(mutant.old, mutant.new))
-    outcomes = conformance(tmp_path, mutant.caught_by)
+    outcomes = conformance(tmp_path, mutant.caught_by, mutant.of)
     assert outcomes[mutant.caught_by] == "failed", outcomes
 
 

@@ -350,6 +350,18 @@ def test_from_states_to_the_report(files, tmp_path, student):
     assert "There is no pair" in run("signal", out)
 
 
+def test_the_files_are_written_also_when_nobody_reads_the_tables_to_the_end(files, tmp_path, monkeypatch):
+    out, html, data = tmp_path / "pairs.jsonl", tmp_path / "s.html", tmp_path / "s.json"
+    run("pairs", *files, "-o", out)
+
+    def closed(found):
+        raise BrokenPipeError  # as `| head` does
+
+    monkeypatch.setattr("composer_plugins.cli.signal._print", closed)
+    run("signal", out, "--html", html, "--json", data, code=1)
+    assert "<h3>Agreement</h3>" in html.read_text() and json.loads(data.read_text())["pairs"]
+
+
 def test_bad_input_is_refused_in_one_sentence(files, tmp_path):
     out = tmp_path / "p.jsonl"
     run("pairs", *files, "-o", out)

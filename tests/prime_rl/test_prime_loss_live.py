@@ -216,12 +216,16 @@ def test_sdpo_counts_once_on_either_route(prime_loss, has_weights, table, sample
 
 
 def test_policy_and_sdpo_add_up(prime_loss, samples, table):
-    def gradient(**kwargs):
+    def stepped(**kwargs):
         fn = trainer_step.rl_loss(prime_loss, kwargs=kwargs)
-        return trainer_step.step(prime_loss, trainer_step.pack(samples), table, fn).gradient
+        return trainer_step.step(prime_loss, trainer_step.pack(samples), table, fn)
 
-    both = gradient(composer={"policy": {"objective": "dapo"}, "sdpo": LIVE}, sdpo_route="loss")
-    policy = gradient(composer={"policy": {"objective": "dapo"}})
-    sdpo = gradient(composer={"policy": {"weight": 0}, "sdpo": LIVE}, sdpo_route="loss")
-    assert np.linalg.norm(both - policy - sdpo) <= 1e-12 * np.linalg.norm(both)
+    both = stepped(composer={"policy": {"objective": "dapo"}, "sdpo": LIVE}, sdpo_route="loss")
+    policy = stepped(composer={"policy": {"objective": "dapo"}}).gradient
+    sdpo = stepped(composer={"policy": {"weight": 0}, "sdpo": LIVE}, sdpo_route="loss").gradient
+    assert np.linalg.norm(both.gradient - policy - sdpo) <= 1e-12 * np.linalg.norm(both.gradient)
     assert np.linalg.norm(sdpo) > 0.01 * np.linalg.norm(policy)
+    # the two counts that the docs make the effective weight of sdpo from, where it shares the policy's denominator
+    assert sum(both.metrics["policy/tokens"]) == both.rl_tokens
+    hinted = sum(bool(r) and c for s in samples if s.reference for r, c in zip(s.reference, counted(s), strict=True))
+    assert sum(both.metrics["sdpo/tokens"]) == hinted > 0

@@ -3,7 +3,6 @@
 A result is what prime-rl's `compute_loss` makes of it: the sum over samples, divided by the recorded token count.
 """
 
-import importlib.util
 import json
 import types
 from pathlib import Path
@@ -99,14 +98,6 @@ def expected_policy(oracle, step, name, tokens_per_sample=None, constant=None):
 def close(got, expected, tolerance=1e-12):
     got, expected = np.concatenate(got), np.concatenate(expected)
     assert np.linalg.norm(got - expected) <= tolerance * max(np.linalg.norm(expected), 1e-30)
-
-
-@pytest.fixture(scope="module")
-def oracle():
-    spec = importlib.util.spec_from_file_location("loss_oracle", Path(__file__).parents[1] / "losses" / "oracle.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_the_records_come_from_seven_trees_and_name_their_commits():

@@ -37,7 +37,8 @@ VOCABULARY, LENGTH = 64, 24
 
 
 def write_model(folder: Path) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -45,6 +46,8 @@ def write_model(folder: Path) -> Path:
         num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=False, pad_token_id=0,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0").save_pretrained(folder)  # 0.8.1.dev53 reads one
     return folder
 
 
@@ -208,6 +211,9 @@ def test_two_islands_of_the_whole_trainer(start):
         equal = same(*(run.broadcast(name, step) for name in names))
         assert equal == (step % 2 == 0 or step == 17), step
     assert same(run.broadcast(names[0], 16), run.broadcast(names[0], 17))  # the last step was given up
+    for name in names:  # the table at the end
+        said = run.output(name)
+        assert said.count(f"outer loop of island {name}") == 1 and "(1 inner steps since the last sync" in said
 
 
 @pytest.mark.slow
@@ -267,6 +273,32 @@ def test_what_cannot_be_exchanged_is_refused_with_the_reason(start):
     name = run.start(0, steps=2, model="fsdp_cpu_offload = true\noptim_cpu_offload = false\n")
     run.wait_for_failure(name)
     assert "does not go with trainer.model.fsdp_cpu_offload" in run.output(name)
+
+
+@pytest.mark.parametrize(
+    ("model", "runs", "said"),
+    [
+        ({}, 1, None),
+        ({"optim_cpu_offload": True}, 1, None),
+        ({"full_offload": True}, 1, r"trainer\.model\.full_offload, which steps copies"),
+        ({"fsdp_cpu_offload": True}, 1, r"trainer\.model\.fsdp_cpu_offload, which keeps"),
+        ({}, 2, "max_concurrent_runs above 1"),
+    ],
+)
+def test_settings_that_are_refused(model, runs, said):
+    """Of versions that have them: prime-rl's settings are looked at by name."""
+    from types import SimpleNamespace
+
+    from composer_prime_rl.outer import _refuse
+
+    from composer_plugins.errors import OuterLoopError
+
+    trainer = SimpleNamespace(model=SimpleNamespace(**model), max_concurrent_runs=runs)
+    if said is None:
+        _refuse(trainer)
+    else:
+        with pytest.raises(OuterLoopError, match=said):
+            _refuse(trainer)
 
 
 def test_a_broken_environment_variable_ends_the_run(start):

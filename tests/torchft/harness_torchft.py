@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -74,6 +77,51 @@ def in_threads(count: int, body) -> list:
     return results
 
 
+class Forker:
+    """Starts processes by forking one that has imported everything, see `island_forker.py`."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(WORKER.with_name("island_forker.py"))], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "RUST_LOG": "error"},
+        )  # fmt: skip
+
+    def ask(self, **request) -> int | None:
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+
+@functools.cache
+def forker() -> Forker:
+    """Return the one of this session; it ends with it."""
+    return Forker()
+
+
+class Forked:
+    """A process that `forker` started, with what is needed of `subprocess.Popen`."""
+
+    def __init__(self, program: Path, argument: str, out: Path) -> None:
+        self.pid = forker().ask(run=[str(program), argument], out=str(out))
+
+    def poll(self) -> int | None:
+        """Return the exit code; None while it runs."""
+        return forker().ask(ask=self.pid)
+
+    def wait(self, seconds: float = 120) -> int:
+        """Return the exit code."""
+        deadline = time.monotonic() + seconds
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(f"island process {self.pid}", seconds)
+            time.sleep(0.02)
+        return code
+
+    def kill(self) -> None:
+        """Send SIGKILL, which also ends a stopped one."""
+        os.kill(self.pid, signal.SIGKILL)
+
+
 class Island:
     """One process that runs `island_worker.py`."""
 
@@ -81,11 +129,7 @@ class Island:
         self.index, self.folder, self.faulty = index, folder, bool(settings.get("fault"))
         self.log = folder / f"island{index}.jsonl"
         settings = {"index": index, "address": address, "folder": str(folder), **settings}
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "RUST_LOG": "error"}
-        self._out = (folder / f"island{index}.out").open("ab")
-        self.process = subprocess.Popen(
-            [sys.executable, str(WORKER), json.dumps(settings)], env=environment, stdout=self._out, stderr=self._out
-        )
+        self.process = Forked(WORKER, json.dumps(settings), folder / f"island{index}.out")
 
     def wait(self, seconds: float = 120) -> int:
         """Return the exit code."""
@@ -105,7 +149,6 @@ class Island:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
-        self._out.close()
 
 
 @pytest.fixture

@@ -9,15 +9,18 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 from composer_torchft import loop as loops
 from composer_torchft.fingerprints import values_hash
+from torchft._torchft import ManagerClient
 
 from composer_plugins.config import OuterConfig
 from composer_plugins.outer import HostState
@@ -96,6 +99,24 @@ def plant(loop) -> None:
             return commit(*args, **options)
 
         loop.manager.should_commit = before
+    if fault.get("at") == "commit_unanswered":
+        commit = loop.manager.should_commit
+
+        def unanswered(*args, **options):
+            """Ask a server that never answers, once: the time limit passes, as for a process that was stopped meanwhile."""
+            if not due(loop):
+                return commit(*args, **options)
+            fault["done"] = True
+            write("fault", at=fault["at"])
+            real, silent = loop.manager._client, socket.create_server(("127.0.0.1", 0))
+            loop.manager._client = ManagerClient(f"http://127.0.0.1:{silent.getsockname()[1]}", timedelta(seconds=5))
+            try:
+                return commit(*args, **options)
+            finally:
+                loop.manager._client = real
+                silent.close()
+
+        loop.manager.should_commit = unanswered
     if fault.get("at") == "result_lost":
         wait = loops.IslandFragment.perform_sync
 
@@ -132,6 +153,7 @@ def main() -> None:
     config = OuterConfig(**settings["outer"], lighthouse=settings["address"], island=f"island-{index}")
     steps_done = {"global_step": 0}
     local_rounds: list[np.ndarray] = []
+    every_step: list[tuple[np.ndarray, np.ndarray]] = []  # before and after the outer loop's hook
     global_rounds: list[np.ndarray] = [flat(net.parameters())]
     resume, start = None, 0
     checkpoint = folder / f"island{index}.pt"
@@ -171,6 +193,8 @@ def main() -> None:
             time.sleep(settings.pop("pause_seconds", 0))  # once
         optimizer.step()
         steps_done["global_step"] += 1
+        if settings.get("record", True):
+            every_step.append((before["theta"], flat(net.parameters())))
         if len(loop.log.rounds) > seen:
             seen = len(loop.log.rounds)
             last = loop.log.rounds[-1]
@@ -193,7 +217,10 @@ def main() -> None:
                 },
                 checkpoint,
             )
-    np.savez(folder / f"island{index}.npz", local=np.array(local_rounds), globals=np.array(global_rounds))
+    np.savez(
+        folder / f"island{index}.npz", local=np.array(local_rounds), globals=np.array(global_rounds),
+        steps=np.array(every_step),
+    )  # fmt: skip
     lost = loop.finish()
     write("end", step=loop.manager.current_step(), hash=hash_now(net), lost=lost)
 

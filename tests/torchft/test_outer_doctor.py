@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 
 import pytest
+from composer_torchft import rounds
 from composer_torchft.doctor import LighthouseLimits, problems, reach
+from composer_torchft.rounds import Round, RoundLog
 from typer.testing import CliRunner
 
 from composer_plugins.cli import build_app
 from composer_plugins.config import OuterConfig
+from composer_plugins.errors import ConfigError, OuterLoopError
 
 GOOD = {"sync_every": 4, "min_islands": 2, "start_with": 2}
 HOUSE = LighthouseLimits(30, 5, 2)
@@ -52,6 +55,77 @@ def test_the_command_reads_a_recipe(tmp_path, lighthouse):
     assert "does not answer" not in result.output
 
 
+@pytest.mark.parametrize(
+    ("options", "steps", "said"),
+    [
+        ({}, 48, ["12 rounds with outer momentum 0.9", "7 times as far"]),
+        ({}, 50, ["12 rounds with outer momentum 0.9", "no multiple of sync_every 4: the last 2"]),
+        ({}, 4 * 400, []),
+        ({"momentum": 0.5}, 48, []),
+        ({"momentum": 0, "lr": 1, "nesterov": False}, 49, ["the last 1 of every island will be given up"]),
+    ],
+)
+def test_short_runs_and_uneven_ends_are_pointed_out(options, steps, said):
+    found = problems(OuterConfig(**{**GOOD, **options}), HOUSE, steps=steps)
+    assert len(found) == bool(said) + (len(said) > 1 and "multiple" in said[1])
+    assert all(text in "".join(found) for text in said)
+
+
+def doctor(*arguments: object) -> str:
+    result = CliRunner().invoke(build_app(), ["islands", "doctor", *map(str, arguments)])
+    assert result.exit_code == 0, result.exception
+    return result.output
+
+
+def test_the_command_reads_a_prime_rl_toml(tmp_path):
+    recipe = tmp_path / "rl.toml"
+    recipe.write_text(
+        "max_steps = 40\n[trainer.env_vars]\nTORCHFT_LIGHTHOUSE = 'http://127.0.0.1:9'\n"
+        "COMPOSER_OUTER = '{sync_every: 4, min_islands: 3, timeouts: {allreduce: 3}}'\n"
+    )
+    found = doctor(recipe)
+    for text in ("still counted as alive", "--min-islands 3", "10 rounds", "http://127.0.0.1:9 does not answer"):
+        assert text in found
+    found = doctor(recipe, "--set", "composer.outer.timeouts.allreduce=60", "--set", "composer.outer.momentum=0.5")
+    assert "still counted" not in found and "10 rounds" not in found
+
+
+@pytest.mark.parametrize("variable", ["{sync_every: [", "20", "{sync_evry: 4}"])
+def test_a_malformed_variable_in_a_toml(tmp_path, variable):
+    (tmp_path / "rl.toml").write_text(f"[trainer.env_vars]\nCOMPOSER_OUTER = '{variable}'\n")
+    result = CliRunner().invoke(build_app(), ["islands", "doctor", str(tmp_path / "rl.toml")])
+    assert isinstance(result.exception, ConfigError)
+
+
+def test_a_recipe_without_an_outer_loop(tmp_path):
+    for name, text in (("rl.toml", "[trainer]\n"), ("recipe.yaml", "composer: {}\n")):
+        (tmp_path / name).write_text(text)
+        result = CliRunner().invoke(build_app(), ["islands", "doctor", str(tmp_path / name)])
+        assert isinstance(result.exception, OuterLoopError) and "has no outer loop" in str(result.exception)
+
+
+def test_the_lighthouse_of_the_environment_is_tried_too(tmp_path, monkeypatch):
+    (tmp_path / "recipe.yaml").write_text("composer: {outer: {sync_every: 4}}\ntrainer: {max_steps: 4}\n")
+    monkeypatch.setenv("TORCHFT_LIGHTHOUSE", "http://127.0.0.1:9")
+    assert "http://127.0.0.1:9 does not answer" in doctor(tmp_path / "recipe.yaml")
+
+
+def test_the_table_of_a_run_that_was_killed(tmp_path):
+    log = RoundLog(tmp_path / "outer.jsonl")
+    for step in (1, 2):
+        log.add(Round(step, 0, 3, step == 1, False, 2, 5 * step, 4_200_000, 1.25, 0.5, "0123456789abcdef"))
+    with (tmp_path / "outer.jsonl").open("a") as file:
+        file.write('{"outer_step": 3, "frag')  # killed while it wrote
+    assert rounds.read(tmp_path / "outer.jsonl") == log.rounds
+    result = CliRunner().invoke(build_app(), ["islands", "table", str(tmp_path / "outer.jsonl")])
+    assert result.exit_code == 0
+    for text in ("4.20", "1.25", "0123456789", "2 (given up)", "10"):
+        assert text in result.output
+    (tmp_path / "other").write_text("{}\n{}\n")
+    result = CliRunner().invoke(build_app(), ["islands", "table", str(tmp_path / "other")])
+    assert isinstance(result.exception, OuterLoopError) and "other:1 is no record" in str(result.exception)
+
+
 def test_islands_are_started_with_names_numbers_and_one_lighthouse(tmp_path):
     code = (
         "import os, sys; open(sys.argv[1], 'w').write('|'.join(os.environ[n] for n in "
@@ -65,9 +139,20 @@ def test_islands_are_started_with_names_numbers_and_one_lighthouse(tmp_path):
 
 
 def test_the_exit_code_of_an_island_is_told():
-    from composer_plugins.errors import OuterLoopError
-
     result = CliRunner().invoke(
         build_app(), ["islands", "run", "-n", "2", "--", sys.executable, "-c", "raise SystemExit({i})"]
     )
     assert isinstance(result.exception, OuterLoopError) and "island 1: exit code 1" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("fewest", "outcome"), [([], "island 0: ended, since too few were left"), (["--min-islands", "1"], "")]
+)
+def test_islands_that_are_left_alone_do_not_wait_for_their_time_limit(tmp_path, monkeypatch, fewest, outcome):
+    """Island 1 fails. Island 0 can go on alone, when one is enough; else it would wait for an hour."""
+    monkeypatch.setattr("composer_torchft.islands.GRACE", 1.0)
+    wait = "import time; time.sleep(0 if {i} else " + ("2" if fewest else "40") + "); raise SystemExit({i} * 3)"
+    command = ["islands", "run", "-n", "2", *fewest, "--", sys.executable, "-c", wait]
+    error = CliRunner().invoke(build_app(), command).exception
+    assert isinstance(error, OuterLoopError) and "island 1: exit code 3" in str(error)
+    assert outcome in str(error) and ("island 0" in str(error)) == bool(outcome)

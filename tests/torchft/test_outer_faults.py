@@ -122,6 +122,17 @@ def test_a_stop_inside_the_exchange_costs_its_time_limit(lighthouse, islands):
     assert lost(started[:2]) == 0
 
 
+def test_a_commit_that_got_no_answer_in_time(lighthouse, islands):
+    """An island that is stopped while it asks, and goes on after the time limit: the others have committed."""
+    address = lighthouse(2, join=5, heartbeat=HEARTBEAT).address
+    started = start_all(islands, address, {2: {"at": "commit_unanswered", "round": 3}})
+    survivors_agree(started)
+    assert len(started[2].events("fault")) == 1
+    healed = [r for r in started[2].events("round") if r.healed]
+    assert len(healed) == 1 and healed[0].lost == 4 and healed[0].retries == 1
+    assert lost(started[:2]) == 0
+
+
 def test_a_late_joiner_takes_over_everything(lighthouse, islands):
     address = lighthouse(2, join=5, heartbeat=HEARTBEAT).address
     started = [islands(address, i, **OPEN) for i in range(2)]
@@ -207,7 +218,7 @@ def test_a_restarted_island_waits_for_one_that_has_the_state(lighthouse, islands
     dies.stop()
     again = islands(address, 1, **settings)
     seen = len(again.events())
-    time.sleep(HEARTBEAT + 14)  # its imports, and the silence after which the other counts as dead
+    time.sleep(HEARTBEAT + 7)  # the silence after which the other counts as dead, and the join timeout
     assert len(again.events()) == seen and again.process.poll() is None
     os.kill(stays.process.pid, signal.SIGCONT)
     wait_until(lambda: len(again.events("attached")) == 2, stays, again)

@@ -99,25 +99,35 @@ def test_names_tell_order_and_shape():
     assert [n for n, _ in named_by_position(optimizer)] == ["parameters.0.2x3", "parameters.1.4"]
 
 
-def test_the_last_step_leaves_with_the_global_parameters(lighthouse):
+def test_the_last_step_leaves_with_the_global_parameters(lighthouse, capsys):
     address = lighthouse().address
+    both = threading.Barrier(2, timeout=60)
 
     def body(i):
         parameters = [torch.nn.Parameter(torch.ones(3))]
         optimizer = torch.optim.SGD(parameters, lr=1.0)
         steps, found = iter(range(1, 9)), []
-        place = Place(is_last=lambda: next(steps) == 7)
+        place = Place(is_last=lambda: next(steps) == 7, reports=i == 0)
         waiting = FirstStep(outer(address, i), lambda o: place if o is optimizer else None)
         for _ in host(optimizer, parameters, 7, MOVES[i] / 2):
             found.append(parameters[0][0].item())
+        both.wait()  # the two share torch's global hooks here, as islands never do
         # what the host does next it does alone, and undisturbed
         list(host(optimizer, parameters, 1, 0.5))
+        both.wait()
         lost = waiting.finish()
         return found[5], found[6], parameters[0][0].item(), lost
 
-    for sixth, seventh, alone, lost in in_threads(2, body):
+    results = in_threads(2, body)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    for sixth, seventh, alone, lost in results:
         assert sixth == seventh == pytest.approx(PREDICTED[2], abs=1e-5)
         assert alone == pytest.approx(sixth - 0.5) and lost == 1
+    said = capsys.readouterr().out
+    assert said.count("outer loop of island") == 1 and "island isl0" in said  # the process that reports, once
+    assert said.count("(1 inner steps since the last sync were given up)") == 1
 
 
 def test_steps_that_torchs_checkpoints_make_are_not_counted(lighthouse):

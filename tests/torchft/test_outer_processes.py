@@ -26,17 +26,39 @@ def test_islands_agree_with_the_reference_for_eight_rounds(lighthouse, islands, 
     assert worst <= 1e-6, worst
 
 
-def test_streaming_fragments_agree_with_the_reference(lighthouse, islands, tmp_path):
-    """Three fragments, each synced every 6 steps, with the result applied one step after it was sent."""
+@pytest.mark.parametrize("alpha", [0.0, 0.25])
+def test_streaming_fragments_agree_with_the_reference(lighthouse, islands, tmp_path, alpha):
+    """Three fragments, each synced every 6 steps, with the result applied one step after it was sent, and mixed in.
+
+    Worked out in float64 from what each island's own optimizer did (arXiv:2501.18512, algorithm 2): the pseudo-gradient
+    is taken at the end of an odd step, the result put in at the end of the next one.
+    """
     address = lighthouse(2).address
-    settings = {"sync_every": 6, "fragments": 3, "sync_delay": 1}
-    started = [islands(address, i, outer=settings, steps=36) for i in range(2)]
+    settings = {"sync_every": 6, "fragments": 3, "sync_delay": 1, "mixing_alpha": alpha}
+    started = [islands(address, i, outer=settings, steps=54) for i in range(2)]
     for island in started:
         assert island.wait() == 0, island.output()
     rounds = [island.events("round") for island in started]
-    assert [r.fragment for r in rounds[0]] == [0, 1, 2] * 6
+    assert [r.fragment for r in rounds[0]] == [0, 1, 2] * 9
     for at_once in zip(*rounds, strict=True):
         assert len({r.theta for r in at_once}) == 1  # the fragment that was synced is equal
+    saved = [np.load(tmp_path / f"island{i}.npz") for i in range(2)]
+    before, after = (np.stack([s["steps"][:, k] for s in saved], axis=1) for k in range(2))  # (steps, islands, values)
+    sizes = [8 * 16 + 16, 16 * 16 + 16, 16 + 1]  # the model's three layers
+    ends = np.cumsum([0, *sizes])
+    theta, velocity = saved[0]["globals"][0].astype(np.float64), np.zeros(ends[-1])
+    worst = 0.0
+    for step in range(len(before)):
+        number = step // 2 % 3
+        part, expected = slice(ends[number], ends[number + 1]), before[step].copy()
+        if step % 2:  # sent a step ago
+            gradient = (theta[part] - before[step - 1][:, part]).mean(axis=0)
+            velocity[part] = 0.9 * velocity[part] + gradient
+            theta[part] -= 0.7 * (gradient + 0.9 * velocity[part])
+            expected[:, part] = (1 - alpha) * theta[part] + alpha * before[step][:, part]
+        worst = max(worst, np.abs(after[step] - expected).max())
+    assert worst <= 1e-6, worst
+    assert len({island.events("end")[0].hash for island in started}) == 1
 
 
 def test_the_end_is_the_global_model_and_never_an_unsynced_island(lighthouse, islands):

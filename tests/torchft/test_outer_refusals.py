@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from composer_torchft.checks import inner_optimizer
+from composer_torchft.checks import _REFUSED, inner_optimizer
 from composer_torchft.fragments import parameters_of, split_by_depth
 from composer_torchft.loop import attach
 from harness_torchft import in_threads, outer
@@ -33,7 +33,14 @@ class Unknown:
     def step(self): ...
 
 
-class CPUOffloadOptimizer(torch.optim.SGD): ...
+@pytest.mark.parametrize("name", sorted(_REFUSED))
+def test_every_kind_that_offloads_partitions_or_steps_in_parts(name):
+    """By the name of the class, also of a class built on it: the packages need not be installed."""
+    kind = type(name, (torch.optim.SGD,), {})
+    for one in (kind, type("Own", (kind,), {})):
+        with pytest.raises(OuterLoopError, match=f"cannot wrap {one.__name__}: ") as error:
+            inner_optimizer(one([p for _, p in named((2,))], lr=0.1))
+        assert _REFUSED[name] in str(error.value)
 
 
 class Unhooked(torch.optim.SGD):
@@ -48,7 +55,6 @@ class Unhooked(torch.optim.SGD):
     ("make", "reason"),
     [
         (lambda p: Unknown(), "does not know"),
-        (lambda p: CPUOffloadOptimizer(p, lr=0.1), "copies of the parameters on the CPU"),
         (lambda p: Unhooked(p, lr=0.1), "does not run torch's step hooks"),
     ],
 )
@@ -75,6 +81,18 @@ def test_a_parameter_that_is_held_twice():
     optimizer.param_groups.append({**optimizer.param_groups[0]})
     with pytest.raises(OuterLoopError, match="twice"):
         parameters_of(optimizer, parameters)
+
+
+def test_a_parameter_of_complex_numbers():
+    parameters = [("weight", torch.nn.Parameter(torch.ones(2, dtype=torch.complex64)))]
+    with pytest.raises(OuterLoopError, match="only floating point"):
+        parameters_of(sgd(parameters), parameters)
+
+
+def test_an_optimizer_that_trains_nothing_here():
+    frozen = [("weight", torch.nn.Parameter(torch.ones(2), requires_grad=False))]
+    with pytest.raises(OuterLoopError, match="nothing to sync"):
+        parameters_of(sgd(frozen), frozen)
 
 
 def test_tied_parameters_are_synced_once():

@@ -21,6 +21,8 @@ from composer_torchft.doctor import LighthouseLimits
 from composer_torchft.lighthouse import Lighthouse
 from harness_torchft import reference
 
+from composer_plugins.errors import ConfigError, OuterLoopError
+
 WORKER = Path(__file__).with_name("trl_island_worker.py")
 EVERY_TWO = {"sync_every": 2}
 # what a resumed GRPO run repeats exactly: neither TRL's sampling nor its shuffling over epochs
@@ -33,6 +35,7 @@ RUNS = [
     {"name": "resumed", "islands": 2, "steps": 9, "outer": {"sync_every": 3}, "args": GREEDY,
      "resume": "whole-INDEX/checkpoint-4"},
     {"name": "stock", "islands": 2, "steps": 7, "outer": EVERY_TWO, "stock": True},
+    {"name": "lora", "islands": 2, "steps": 16, "outer": EVERY_TWO, "lora": True, "args": {"learning_rate": 1e-2}},
     {"name": "late", "islands": 3, "steps": 16, "outer": EVERY_TWO, "late": 2, "wait_at": 5},
 ]  # fmt: skip
 
@@ -68,6 +71,36 @@ def runs(tmp_path_factory):
     return SimpleNamespace(**found, folder=folder)
 
 
+def outer_callback(folder: Path, step: int = 0, **arguments):
+    """What the Trainer hands to the callback when training begins."""
+    from composer_trl.outer import OuterLoopCallback
+    from transformers import TrainerState, TrainingArguments
+
+    from composer_plugins.config import OuterConfig
+
+    args = TrainingArguments(output_dir=str(folder), use_cpu=True, report_to="none", **arguments)
+    state = TrainerState(global_step=step, max_steps=8)
+    model = torch.nn.Linear(2, 2)
+    callback = OuterLoopCallback(OuterConfig(sync_every=2))
+    return lambda: callback.on_train_begin(
+        args, state, None, model=model, optimizer=torch.optim.AdamW(model.parameters())
+    )
+
+
+def test_the_best_checkpoint_at_the_end_is_refused(tmp_path):
+    begin = outer_callback(
+        tmp_path, load_best_model_at_end=True, eval_strategy="steps", save_strategy="steps", save_steps=2, eval_steps=2
+    )
+    with pytest.raises(ConfigError, match="unsynced weights over the global ones"):
+        begin()
+
+
+def test_a_checkpoint_without_the_outer_state_is_refused(tmp_path):
+    (tmp_path / "checkpoint-4").mkdir()
+    with pytest.raises(OuterLoopError, match=r"needs the outer state, expected at .*checkpoint-4.outer\.pt"):
+        outer_callback(tmp_path, step=4)()
+
+
 def test_a_fresh_adapter_is_the_same_on_islands_with_different_seeds():
     peft = pytest.importorskip("peft")
     from composer_trl.outer import equal_adapter
@@ -84,7 +117,7 @@ def test_a_fresh_adapter_is_the_same_on_islands_with_different_seeds():
     assert torch.equal(*found) and found[0].abs().sum() > 0
 
 
-@pytest.mark.parametrize("name", ["two", "three"])
+@pytest.mark.parametrize("name", ["two", "three", "lora"])
 def test_hashes_differ_before_every_sync_and_are_equal_after_it(runs, name):
     islands = getattr(runs, name)
     assert [len(i["before"]) for i in islands] == [8] * len(islands)
@@ -94,9 +127,11 @@ def test_hashes_differ_before_every_sync_and_are_equal_after_it(runs, name):
         assert [r[1:] for r in island["rounds"]] == [(step, len(islands)) for step in range(1, 9)]
         assert [r[0] for r in island["rounds"]] == list(range(2, 17, 2))
         assert island["logged"][-1] == 8.0  # the figures are in the Trainer's log
+    for number in range(len(islands)):  # the table at the end, of each island's main process
+        assert f"outer loop of island isl-{number}" in (runs.folder / f"{number}.out").read_text()
 
 
-@pytest.mark.parametrize("name", ["two", "three", "stock"])
+@pytest.mark.parametrize("name", ["two", "three", "stock", "lora"])
 def test_every_outer_step_equals_the_float64_reference(runs, name):
     islands = getattr(runs, name)
     start = islands[0]["start"].numpy()
@@ -129,13 +164,24 @@ def test_a_late_joiner_takes_over_weights_step_and_learning_rate(runs):
         assert islands == 3 and step == 2 * outer_step and after == rounds[outer_step]
 
 
-@pytest.mark.parametrize("name", ["two", "three", "whole", "resumed", "stock", "late"])
+def test_of_a_lora_only_the_adapter_travels(runs):
+    """Islands have other seeds, and yet the same fresh adapter; the base model is neither sent nor moved."""
+    assert len({i["frozen"] for i in runs.lora} | {runs.stock[0]["frozen"]}) == 2  # stock freezes nothing
+    for island in runs.lora:
+        adapter = len(island["start"])
+        assert torch.equal(island["start"], runs.lora[0]["start"]) and adapter < island["values"] / 2
+        assert island["bytes"] == [4 * adapter] * 8  # fp32
+        assert not torch.equal(island["end"], island["start"])
+
+
+@pytest.mark.parametrize("name", ["two", "three", "whole", "resumed", "stock", "late", "lora"])
 def test_what_is_saved_at_the_end_is_the_global_model(runs, name):
     """`stock` runs 7 steps and syncs every 2: its last step is given up."""
     from safetensors.torch import load_file
 
     islands = getattr(runs, name)
-    saved = [load_file(runs.folder / f"{name}-{i}" / "model" / "model.safetensors") for i in range(len(islands))]
+    file = "adapter_model.safetensors" if name == "lora" else "model.safetensors"
+    saved = [load_file(runs.folder / f"{name}-{i}" / "model" / file) for i in range(len(islands))]
     for other in saved[1:]:
         assert all(torch.equal(saved[0][k], other[k]) for k in saved[0])
     for island in islands:

@@ -41,8 +41,9 @@ def test_the_fragment_calls_what_we_override_and_keeps_what_we_read():
 
 def test_the_manager_has_what_we_set():
     source = inspect.getsource(torchft.Manager)
-    for name in ("self._quorum_id", "self._quorum_future", "self._pg"):
-        assert name in source, name
+    names = ("_quorum_id", "_quorum_future", "_pg", "_commit_failures", "_checkpoint_transport", "_group_world_size")
+    for name in names:
+        assert f"self.{name}" in source, name
     # a number that differs makes it connect anew
     assert "if quorum_id != self._quorum_id" in inspect.getsource(torchft.Manager._async_quorum)
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "trl"))
 import torch
 from composer_torchft.fingerprints import values_hash
 from composer_trl import ComposerGRPOConfig, ComposerGRPOTrainer
-from composer_trl.outer import OuterLoopCallback
+from composer_trl.outer import OuterLoopCallback, equal_adapter
 from conftest import build_model, build_tokenizer  # of tests/trl
 from datasets import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -92,6 +92,11 @@ def grpo(run: dict, tokenizer, recorder: Recorder):
     composer = {**run.get("composer", {}), "outer": outer(run)}
     args = arguments(run, ComposerGRPOConfig, num_generations=4, max_completion_length=8, composer=composer)
     model = build_model(tokenizer, seed=run.get("weights", 0))
+    if run.get("lora"):
+        from peft import LoraConfig
+
+        torch.manual_seed(100 + INDEX)
+        model = equal_adapter(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
     trainer = ComposerGRPOTrainer(
         model, reward, args, Dataset.from_list(rows), processing_class=tokenizer, callbacks=[recorder]
     )
@@ -133,6 +138,9 @@ def main() -> None:
             found[key] = torch.stack(found[key])
         found["end"] = flat(model)
         found["logged"] = [e["outer/step"] for e in trainer.state.log_history if "outer/step" in e]
+        found["bytes"] = [r.bytes for r in recorder.outer.loop.log.rounds]
+        found["frozen"] = values_hash(p for p in model.parameters() if not p.requires_grad)
+        found["values"] = sum(p.numel() for p in model.parameters())
         found["attach"] = [r.outer_step for r in recorder.outer.loop.log.rounds if r.attach]
         torch.save(found, FOLDER / f"{run['name']}-{INDEX}.pt")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from log_lines import Log, call, text, thinking
 
 from composer_plugins.traces.schema import Status
@@ -72,6 +73,84 @@ def test_compaction_starts_a_new_state_and_is_never_exact(tmp_path, read_log):
     assert [m.content[:12] for m in trace.state_of(after)] == ["This session"]
     assert "compaction" in after.inexact and not after.history_exact
     assert ledger["used"] == 6
+
+
+@pytest.mark.parametrize("ends_only", [False, True])
+def test_messages_that_a_compaction_kept_stand_after_the_summary_and_are_no_new_steps(tmp_path, read_log, ends_only):
+    log = Log()
+    log.user("long task")
+    log.assistant(text("old"), id="m1")
+    head = log.user("look at b.py")
+    middle = log.assistant(call("c1", command="cat b.py"), id="m2")
+    tail = log.result("c1", "b = 1")
+    kept = {"preservedMessages": {"anchorUuid": "x", "uuids": [head, tail], "allUuids": [head, middle, tail]}}
+    if ends_only:
+        kept = {"preservedSegment": {"headUuid": head, "anchorUuid": "x", "tailUuid": tail}}
+    log.record("system", parent=None, subtype="compact_boundary", logicalParentUuid=tail, compactMetadata=kept)
+    log.user("Summary: ...", isCompactSummary=True)
+    log.user("go on")
+    log.assistant(text("next"), id="m3")
+    (trace,), ledger = read_log(log.write(tmp_path / "x.jsonl"))
+    assert [m.content or m.tool_calls[0].id for m in trace.state_of(trace.steps[-1])] == [
+        "Summary: ...", "look at b.py", "c1", "b = 1", "go on",
+    ]  # fmt: skip
+    assert [trace.action_of(s).content for s in trace.steps] == ["old", "", "next"]
+    assert [s.results[0].content for s in trace.steps if s.results] == ["b = 1"]
+    assert trace.steps[-1].inexact == ["system_prompt", "compaction"]
+    assert ledger["used"] == 9
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (
+            {"type_": "content-replacement", "replacements": [{"kind": "tool-result", "toolUseId": "c1"}]},
+            "microcompaction",
+        ),
+        ({"type_": "marble-origami-commit", "summary": "s", "firstArchivedUuid": "u1"}, "compaction"),
+        ({"type_": "system", "subtype": "snip_boundary", "snipMetadata": {"removedUuids": ["u1"]}}, "compaction"),
+    ],
+)
+def test_records_that_change_the_context_silently_make_later_histories_inexact(tmp_path, read_log, record, reason):
+    log = Log()
+    log.user("task")
+    log.assistant(call("c1", command="ls"), id="m1")
+    log.result("c1", "a long result")
+    log.record(**record)
+    log.assistant(text("next"), id="m2")
+    (trace,), ledger = read_log(log.write(tmp_path / "x.jsonl"))
+    assert [s.inexact for s in trace.steps] == [["system_prompt"], ["system_prompt", reason]]
+    assert ledger.skipped() == {record["type_"]: 1}
+
+
+def test_a_forked_sub_agent_has_the_context_of_its_session_before_its_own(tmp_path, read_log):
+    log = Log()
+    side = {"isSidechain": True, "agentId": "a1"}
+    own = {"type": "fork-context-ref", "agentId": "a1", "parentSessionId": "s1", "parentLastUuid": "p9"}
+    log.lines.append(json.dumps(own))
+    log.user("do this part", parent=None, **side)
+    log.assistant(text("done"), id="m1", **side)
+    (trace,), _ = read_log(log.write(tmp_path / "agent-a1.jsonl"))
+    assert (trace.id, trace.steps[0].inexact) == ("s1/a1", ["system_prompt", "unlinked"])
+
+
+@pytest.mark.parametrize(
+    ("block", "reason"),
+    [
+        ({"type": "redacted_thinking", "data": "x"}, "encrypted_reasoning"),
+        ({"type": "thinking", "thinking": "", "signature": "x"}, "encrypted_reasoning"),
+        ({"type": "server_tool_use", "id": "s1", "name": "web_search", "input": {}}, "attachment"),
+    ],
+)
+def test_blocks_that_cannot_be_shown_make_later_histories_inexact(tmp_path, read_log, block, reason):
+    log = Log()
+    log.user("task")
+    log.assistant(block, id="m1")
+    log.assistant(call("c1", command="ls"), id="m1")
+    log.result("c1")
+    log.assistant(text("next"), id="m2")
+    (trace,), _ = read_log(log.write(tmp_path / "x.jsonl"))
+    assert [s.inexact for s in trace.steps] == [["system_prompt"], ["system_prompt", reason]]
 
 
 def test_micro_compaction_makes_later_histories_inexact(tmp_path, read_log):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from log_lines import Log, call, text
 
 from composer_plugins.traces import lines
 from composer_plugins.traces.claude_code import READER
+from composer_plugins.traces.find import find_reader
 
 
 def test_the_call_that_started_a_sub_agent_is_known_from_the_programs_own_record(tmp_path, read_log):
@@ -141,6 +144,44 @@ def test_types_nobody_knows_are_counted_by_name_and_odd_ones_together(tmp_path, 
     skipped = ledger.skipped()
     assert skipped["new-type-7"] == 1 and sum(skipped.values()) == 401
     assert skipped["unknown_record"] == 401 - sum(name.startswith("new-type") for name in skipped)
+
+
+def test_what_the_program_prints_is_a_log_too(tmp_path, read_log):
+    """`claude -p --output-format stream-json`: no tree, other names, sub-agents between the lines of the session."""
+
+    def printed(kind, agent=None, **more):
+        return json.dumps({"type": kind, "session_id": "s1", "parent_tool_use_id": agent, **more})
+
+    def said(kind, *blocks, id=None, agent=None):
+        body = {"role": kind, "content": list(blocks)} | ({"id": id, "model": "claude-x"} if id else {})
+        return printed(kind, agent, message=body)
+
+    def came(call_id, content, agent=None):
+        return said("user", {"type": "tool_result", "tool_use_id": call_id, "content": content}, agent=agent)
+
+    rows = [
+        printed("system", subtype="init", cwd="/x", tools=["Bash", "Task"]),
+        said("assistant", text("I delegate."), id="m1"),
+        said("assistant", call("c1", "Task", prompt="count"), id="m1"),
+        said("user", text("count"), agent="c1"),
+        said("assistant", call("d1", command="ls"), id="n1", agent="c1"),
+        came("d1", "a b", agent="c1"),
+        said("assistant", text("2"), id="n2", agent="c1"),
+        came("c1", "2"),
+        said("assistant", text("Two."), id="m2"),
+        printed("result", subtype="success", result="Two."),
+    ]
+    path = tmp_path / "run.log"
+    path.write_text("\n".join(rows))
+    assert find_reader(path) is READER
+    (session, agent), ledger = read_log(path)
+    assert (session.id, session.outcome, session.extra["sub_agents"]) == ("s1", "success", {"c1": "c1"})
+    assert [m.content or m.tool_calls[0].id for m in session.messages] == ["I delegate.", "2", "Two."]
+    assert [s.inexact for s in session.steps] == [["system_prompt", "unlinked"]] * 2  # the prompt is not printed
+    assert (agent.id, agent.parent_id) == ("s1/c1", "s1")
+    assert [m.content or m.tool_calls[0].id for m in agent.messages] == ["count", "d1", "a b", "2"]
+    assert [s.inexact for s in agent.steps] == [["system_prompt"]] * 2
+    assert (ledger["used"], ledger.skipped()) == (8, {"result": 1, "system": 1})
 
 
 def test_many_answers_to_one_prompt_are_no_hang(tmp_path, read_log):

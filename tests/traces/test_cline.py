@@ -167,11 +167,38 @@ def test_environment_details_are_split_off_the_end_only():
     assert split_environment("<environment_details> is a tag") == ("<environment_details> is a tag", "")
 
 
+#: `context_history.json`: message 3 was shown with a note in the place of a file's older contents from then on.
+EDITS = [[0, [0, []]], [3, [2, [[0, [[1750000000000, "text", ["[DUPLICATE FILE READ] ..."], [[]]]]]]]]]
+
+
+def test_messages_that_the_extension_changed_later_are_not_called_exact(tmp_path):
+    talk = [TASK, assistant(use("c1")), user(came("c1", "x")), assistant(use("c2")), user(came("c2", "y"))]
+    (tmp_path / "log").write_text(json.dumps([*talk, assistant("Done.")]))
+    for edits, expected in (([[0, [0, []]]], [[], [], []]), (EDITS, [[], [], ["microcompaction"]])):
+        (tmp_path / "context_history.json").write_text(json.dumps(edits))
+        (trace,), _ = agent_logs.read(READER, tmp_path / "log")
+        assert [s.inexact for s in trace.steps] == [["system_prompt", *more] for more in expected]
+    (tmp_path / "context_history.json").write_text("{")
+    (trace,), _ = agent_logs.read(READER, tmp_path / "log")
+    assert {tuple(s.inexact) for s in trace.steps} == {("system_prompt",)}
+
+
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_a_summary_of_a_fork_of_the_extension_starts_a_new_history_and_is_no_action(tmp_path, role):
+    summary = {"role": role, "content": [{"type": "text", "text": "So far: ..."}], "isSummary": True, "condenseId": "x"}
+    talk = [TASK, assistant(use("c1")), user(came("c1", "x")), summary, user("go on"), assistant("Done.")]
+    (trace,), _ = agent_logs.read_value(READER, talk, tmp_path)
+    assert [m.content for m in trace.state_of(trace.steps[-1])] == ["So far: ...", "go on"]
+    assert trace.steps[-1].inexact == ["system_prompt", "compaction"]
+    assert [s.not_trainable_reason for s in trace.steps] == [None, *["copied"] * (role == "assistant"), None]
+
+
 def test_files_beside_a_conversation_are_companions_and_no_logs():
     session = (FOLDER / "session.json").read_bytes()
     assert (READER.companion(session), READER.sniff(session)) == ("session_description", False)
     assert READER.companion(b'[{"ts": 1, "type": "say", "say": "task", "text": "x"}]') == "shown_messages"
     assert READER.companion(b'{"files_in_context": [], "model_usage": []}') == "task_metadata"
+    assert READER.companion(json.dumps(EDITS).encode()) == "context_history"
     assert READER.companion((FOLDER / "xml_task.json").read_bytes()) is None
 
 

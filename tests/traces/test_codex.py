@@ -119,6 +119,7 @@ def test_a_call_without_a_result_and_an_aborted_turn():
     assert ["missing_result" in s.inexact for s in trace.steps] == [False] * 3 + [True] * 4
 
 
+SCRIPT = "Script completed\nWall time 0.3 seconds\nOutput:\n"
 JSON_OUTPUT = json.dumps({"output": "bash: foo: command not found\n", "metadata": {"exit_code": 127}})
 
 
@@ -135,6 +136,11 @@ JSON_OUTPUT = json.dumps({"output": "bash: foo: command not found\n", "metadata"
         ([{"type": "input_text", "text": "a"}, {"type": "input_image", "image_url": "data:"}], None, "a\n[image]"),
         ({"content": "bad", "success": False}, None, "bad"),
         (None, None, ""),
+        (SCRIPT + "a.ts\n", None, "a.ts\n"),
+        ([{"type": "input_text", "text": SCRIPT}, {"type": "input_text", "text": "a.ts"}], None, "a.ts"),
+        ([SCRIPT, json.dumps({"chunk_id": "c", "exit_code": 2, "output": "no such file"})], 2, "no such file"),
+        (SCRIPT + json.dumps({"exit_code": True, "output": "x"}), None, '{"exit_code": true, "output": "x"}'),
+        ("Script running with cell ID 28\nWall time 10.0 seconds\nOutput:\n", None, ""),
     ],
 )  # fmt: skip
 def test_the_encodings_of_an_exit_code(value, code, judged):
@@ -158,6 +164,40 @@ def test_the_encodings_of_an_exit_code(value, code, judged):
 )
 def test_what_the_human_did_is_no_error(text, status):
     assert read_output(text).status is status
+
+
+def test_a_script_that_failed_is_an_error_and_its_header_is_shown_to_the_model(tmp_path):
+    head = {"type": "input_text", "text": "Script failed\nWall time 0.1 seconds\nOutput:\n"}
+    made = item(type="custom_tool_call", name="exec", call_id="c1", input='text(await tools.exec_command({cmd: "x"}))')
+    answer = [head, {"type": "input_text", "text": "Script error:\nboom"}]
+    rows = [META, said("user", "go"), made, item(type="custom_tool_call_output", call_id="c1", output=answer)]
+    (trace,), _ = read_rows(tmp_path, *rows)
+    (result,) = trace.steps[0].results
+    assert (result.status, result.error_class) == (Status.ERROR, "tool_error")
+    assert trace.messages[-1].content.startswith("Script failed\nWall time 0.1 seconds\nOutput:\n")
+
+
+def test_a_fork_that_begins_where_another_file_ends_says_so(tmp_path):
+    """Since version 0.154 a fork repeats nothing of its origin: `history_base` names the file and the place."""
+    base = {"thread_id": "origin", "end_ordinal_exclusive": 4, "end_byte_offset": 900}
+    meta = META | {"payload": META["payload"] | {"id": "fork", "forked_from_id": "origin", "history_base": base}}
+    (trace,), _ = read_rows(tmp_path, meta, said("user", "go on"), said("assistant", "yes"))
+    assert [s.inexact for s in trace.steps] == [["unlinked"]]
+    assert (trace.extra["forked_from"], trace.extra["continues"]) == ("origin", "origin")
+
+
+def test_a_usage_record_ends_an_inference(tmp_path):
+    usage = {"type": "token_usage_record", "payload": {"response_id": "r1", "usage": {"input_tokens": 9}}}
+    rows = [META, said("user", "go"), call("c1"), usage, call("c2"), output("c1", "a"), output("c2", "b")]
+    (trace,), ledger = read_rows(tmp_path, *rows)
+    assert [[c.id for c in trace.action_of(s).tool_calls] for s in trace.steps] == [["c1"], ["c2"]]
+    assert ledger.skipped() == {"token_usage_record": 1}
+
+
+def test_items_of_unknown_types_make_later_histories_inexact(tmp_path):
+    rows = [said("assistant", "a"), item(type="hologram"), said("user", "?"), said("assistant", "b")]
+    (trace,), _ = read_rows(tmp_path, META, *rows)
+    assert [s.inexact for s in trace.steps] == [[], ["attachment"]]
 
 
 def test_parallel_calls_are_one_inference_and_sequential_calls_are_not(tmp_path):

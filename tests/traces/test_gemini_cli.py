@@ -228,3 +228,12 @@ def test_every_real_session_agrees_with_its_raw_json():
         assert [c.id for s in trace.steps for c in trace.action_of(s).tool_calls] == [c["id"] for c in calls]
         failed = [c["status"] for c in calls if c["status"] != "success"]
         assert failed == ["cancelled", "error"]
+
+
+def test_a_sub_agent_names_the_session_whose_folder_its_file_lies_in(tmp_path):
+    folder = tmp_path / "chats" / "parent-session"
+    folder.mkdir(parents=True)
+    rows = [message("1", "user", "part"), message("2", "gemini", "done")]
+    (sub,), _ = read_rows(folder, HEAD | {"kind": "subagent"}, *rows)
+    (main,), _ = read_rows(folder, HEAD | {"kind": "main"}, *rows)
+    assert (sub.parent_id, main.parent_id) == ("parent-session", None)

@@ -49,6 +49,8 @@ BAD = {
     "empty": (b"", "is empty"),
     "blank": (b"\n\n  \n", "is empty"),
     "binary": (bytes(range(256)) * 50, "binary data"),
+    "packed": (b"\x28\xb5\x2f\xfd\x04\x58" + bytes(40), "is compressed. Unpack it first, .*: zstd -d"),
+    "parquet": (b"PAR1" + bytes(40) + b"PAR1", "is a Parquet file.*to_json"),
     "other json": (b'{"trajectory": []}\n', "no known log format"),
     "text": (b"hello world\n", "no known log format"),
 }

@@ -12,6 +12,7 @@ import pytest
 
 from composer_plugins.plugins import get_plugin_manager
 from composer_plugins.traces.chat_rows import row_format
+from composer_plugins.traces.find import find_reader
 from composer_plugins.traces.trl_dataset import READER
 
 read = partial(agent_logs.balanced, READER)
@@ -40,6 +41,35 @@ def test_every_layout():
     ]
     assert [t.steps[0].source_ref.line for t in traces] == [1, 2, 3, 4, 5, 5, 6, 6, 7]
     assert all(s.history_exact for t in traces for s in t.steps)
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_rows_in_one_document_are_read_as_its_lines_are(tmp_path, indent):
+    rows = [json.loads(line) for line in FILE.read_text().splitlines()]
+    (tmp_path / "list.json").write_text(json.dumps(rows, indent=indent))
+    assert find_reader(tmp_path / "list.json") is READER
+    traces, ledger = read(tmp_path / "list.json")
+    lines, other = read(FILE)
+    assert [t.messages for t in traces] == [t.messages for t in lines] and dict(ledger) == dict(other)
+    assert [s.source_ref.line for t in traces for s in t.steps] == (
+        [1] * sum(len(t.steps) for t in lines) if indent is None else _starts(rows, lines)
+    )
+    (tmp_path / "one.json").write_text(json.dumps(rows[0], indent=1))
+    (trace,), ledger = read(tmp_path / "one.json")
+    assert (trace.messages, ledger["read"]) == (lines[0].messages, 1)
+    text = json.dumps(rows, indent=1)
+    (tmp_path / "cut.json").write_text(text[: len(text) // 2])
+    traces, ledger = read(tmp_path / "cut.json")
+    assert 0 < len(traces) < len(lines) and ledger["skipped:cut_or_not_json"] == 1
+
+
+def _starts(rows, lines):
+    """Where each row of the indented list begins, once a step."""
+    starts, at = {}, 2
+    for number, row in enumerate(rows, 1):
+        starts[number] = at
+        at += json.dumps(row, indent=1).count("\n") + 1
+    return [starts[s.source_ref.line] for t in lines for s in t.steps]
 
 
 def test_calls_without_ids_are_paired_by_name_and_order():

@@ -127,7 +127,7 @@ def main() -> None:
     before: dict = {}
     # registered before the outer loop's own hook: the parameters just before a sync
     engine.optimizer.register_step_post_hook(lambda *_: before.update(theta=local(parameters)))
-    found: dict = {"local": [], "global": [], "hashes": [], "step": [], "rates": [], "critic": []}
+    found: dict = {"local": [], "global": [], "hashes": [], "step": [], "rates": [], "critic": [], "reported": []}
     found["start"] = local(parameters)
     done = settings.get("first", 0)
     seen, attached = 0, None
@@ -147,7 +147,10 @@ def main() -> None:
             (FOLDER / "late").touch()
         found["rates"].append(engine.optimizer.param_groups[0]["lr"])
         rounds_before = seen
-        worker.update_actor(batch(done))
+        metrics = tu.get(worker.update_actor(batch(done)), "metrics")
+        found["reported"].append(
+            {k: [float(v) for v in values] for k, values in metrics.items() if k.startswith("outer/")}
+        )
         loop = outer._installed.loop
         if attached is None:
             attached = loop.log.rounds[0] if loop.log.rounds and loop.log.rounds[0].attach else False

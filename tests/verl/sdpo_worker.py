@@ -66,10 +66,12 @@ def build(scenario):
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
     from verl.workers.engine_workers import TrainingWorker
 
-    precision = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
+    bf16 = scenario.get("bf16", False)
+    precision = {"param_dtype": "bf16" if bf16 else "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
     budget, micro = scenario.get("tokens"), scenario.get("micro", 2)
     engine = FSDPEngineConfig(
-        strategy="fsdp2", model_dtype="fp32", dtype="float32", mixed_precision=precision, use_torch_compile=False,
+        strategy="fsdp2", model_dtype="fp32", dtype="bfloat16" if bf16 else "float32", mixed_precision=precision,
+        use_torch_compile=False,
         fsdp_size=-1, use_dynamic_bsz=budget is not None, max_token_len_per_gpu=budget, micro_batch_size_per_gpu=micro,
         infer_max_token_len_per_gpu=budget, infer_micro_batch_size_per_gpu=micro,
     )  # fmt: skip
@@ -77,6 +79,7 @@ def build(scenario):
     model = HFModelConfig(
         path=scenario["model"], use_remove_padding=scenario.get("remove_padding", False),
         enable_gradient_checkpointing=False, override_config={"attn_implementation": "sdpa"},
+        lora_rank=scenario.get("lora", 0), lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"],
     )  # fmt: skip
     optimizer = FSDPOptimizerConfig(
         optimizer="SGD", optimizer_impl="torch.optim", lr=scenario.get("lr", 0.0), weight_decay=0.0, clip_grad=1e9,
@@ -135,7 +138,7 @@ def teacher_of(scenario, worker):
         }
     }
     trainer = SimpleNamespace(
-        config=OmegaConf.create(config), actor_rollout_wg=Group(worker), ref_in_actor=False,
+        config=OmegaConf.create(config), actor_rollout_wg=Group(worker), ref_in_actor=bool(scenario.get("lora")),
         tokenizer=SimpleNamespace(eos_token_id=3),
     )  # fmt: skip
     return Teacher(TeacherWeights(kind=scenario.get("teacher", "live")), trainer)

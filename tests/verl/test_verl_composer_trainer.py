@@ -27,6 +27,7 @@ from composer_plugins.errors import ConfigError, SilentChannelError, Unsupported
 
 HERE = Path(__file__).parent
 RECIPES = HERE.parents[1] / "recipes" / "verl"
+VERLS_OWN = ("~actor_rollout_ref.actor.policy_loss", "+actor_rollout_ref.actor.policy_loss.loss_mode=vanilla")
 ON = ("trainer.v1.trainer_mode=composer", "actor_rollout_ref.actor.loss_scale_factor=64")
 
 
@@ -118,8 +119,7 @@ def test_what_verl_cannot_give_is_refused_on_the_driver(overrides, error, said):
 
 
 def test_options_of_the_section_without_effect_on_verls_own_loss_mode():
-    plain = ["~actor_rollout_ref.actor.policy_loss", "+actor_rollout_ref.actor.policy_loss.loss_mode=vanilla"]
-    found = refused(*plain, "+composer.sdpo.weight=0.1", "+composer.policy.clip_low=0.3")
+    found = refused(*VERLS_OWN, "+composer.sdpo.weight=0.1", "+composer.policy.clip_low=0.3")
     assert "reads no composer.policy" in str(found)
 
 
@@ -130,18 +130,18 @@ class Batch:
 
 
 @pytest.fixture
-def trainer():
-    """The trainer without its set-up (verl's needs Ray)."""
+def trainer(monkeypatch):
+    """The trainer without verl's own constructor and set-up (they need Ray): `trainer("composer.sdpo.weight=1")`."""
+    from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
-    def build(section):
+    monkeypatch.setattr(PPOTrainerSync, "__init__", lambda self, config: setattr(self, "config", config))
+    monkeypatch.setattr(PPOTrainerSync, "use_reference_policy", False, raising=False)
+
+    def build(*overrides, recipe="composer_policy"):
         from composer_verl.trainer import ComposerTrainer
 
-        made = object.__new__(ComposerTrainer)
-        made.composer = parse_section(section)
-        made._sdpo, made._pairs_on = made.composer.sdpo.weight > 0, made.composer.replay_dpo.weight > 0
-        made._plain = not (made._sdpo or made._pairs_on)
-        made.hinted_rows = made.pair_rows = None
-        made.monitor, made.timing_raw = StepMonitor(made.composer), {}
+        made = ComposerTrainer(config(*overrides, recipe=recipe))
+        made.timing_raw = {}
         return made
 
     return build
@@ -163,7 +163,7 @@ def test_without_channels_it_is_verls_trainer(trainer, monkeypatch):
     handed = []
     for name in ("_setup", "_update_actor", "_compute_metrics"):
         monkeypatch.setattr(PPOTrainerSync, name, lambda self, *a, _name=name: handed.append((_name, a)) or "verl's")
-    made = trainer({})
+    made = trainer()
     made.actor_rollout_wg = group = Group()
     made._setup()
     batch, metrics = Batch(), {}
@@ -175,6 +175,23 @@ def test_without_channels_it_is_verls_trainer(trainer, monkeypatch):
     assert made.trainer_mode == "sync"
 
 
+def test_the_policys_weight_counts_for_verls_own_loss_modes_too(trainer, monkeypatch):
+    """Nothing but the weight is ours there: without our loss function the run would train with weight 1."""
+    from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+
+    monkeypatch.setattr(PPOTrainerSync, "_setup", lambda self: None)
+    own = [*VERLS_OWN, "composer.policy.objective=host", "algorithm.adv_estimator=grpo"]
+    for weight, calls in ((1, 0), (0.25, 1)):
+        made = trainer(*own, f"+composer.policy.weight={weight}")
+        made.actor_rollout_wg = Group()
+        made._setup()
+        assert len(made.actor_rollout_wg.calls) == calls
+        if calls:
+            assert made.actor_rollout_wg.calls[0].args[1].policy.weight == weight
+    said = refused(*own, "+composer.policy.weight=0.25", "distillation.enabled=true")
+    assert "distillation.enabled has a loss function of its own" in str(said)
+
+
 def test_the_reference_worker_is_built_for_the_teacher_and_not_used_for_a_kl(trainer, monkeypatch):
     from verl.trainer.ppo.utils import Role
     from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
@@ -184,8 +201,9 @@ def test_the_reference_worker_is_built_for_the_teacher_and_not_used_for_a_kl(tra
 
     monkeypatch.setattr(PPOTrainerSync, "_init_resource_pool_mgr", pools)
     for kind, role in (("reference", Role.ActorRolloutRef), ("live", Role.ActorRollout)):
-        made = trainer({"sdpo": {"weight": 1, "teacher": {"kind": kind}}})
-        made.config = config("+composer.sdpo.weight=1")
+        micro = "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=4"
+        made = trainer(f"composer.sdpo.teacher.kind={kind}", micro, recipe="composer_sdpo")
+        assert made.use_reference_policy == (kind == "reference")
         made._init_resource_pool_mgr()
         assert made.role_worker_mapping == {role: "worker"} and made.mapping == {role: "pool"}
     batch = Batch()

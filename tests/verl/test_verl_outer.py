@@ -140,6 +140,13 @@ def test_two_sharded_islands_with_a_critic_beside_the_actor(start):
         # the critics saw other data and were left alone
         assert len(set(a["critic"])) == 16 and not set(a["critic"]) & set(b["critic"])
         assert a["metrics"]["outer/step"] == 8.0
+        # among verl's own metrics: the round before each of the two optimizer steps of a training step
+        assert a["reported"][:2] == [{}, {}]
+        for step, said in enumerate(a["reported"][2:], 3):
+            assert said["outer/step"] == [float((step - 1) // 2)] * 2
+            assert said["outer/participants"] == [2.0] * 2 and said["outer/bytes"][0] > 0
+    for name in names:
+        assert [f"outer loop of island {name}" in run.output(name, rank) for rank in range(2)] == [True, False]
     # what the inference engine receives: each island's own between two syncs, theta_global right after one
     for (step, sent_a, values), (_, sent_b, _) in zip(first[0]["received"], second[0]["received"], strict=True):
         assert (sent_a == sent_b) == (step % 2 == 0), step
@@ -204,6 +211,9 @@ def test_the_last_step_leaves_with_the_global_parameters(start):
         assert torch.equal(found["end"], found["global"][-1])
         sent = {step: digest for step, digest, _ in found["received"]}
         assert sent[7] == sent[6] != sent[5]
+    for name in names:  # the table at the end
+        said = run.output(name)
+        assert said.count(f"outer loop of island {name}") == 1 and "(2 inner steps since the last sync" in said
 
 
 def test_offload_is_refused_by_the_worker_with_the_reason(start):
@@ -211,6 +221,58 @@ def test_offload_is_refused_by_the_worker_with_the_reason(start):
     name = run.start(0, steps=2, more=("actor_rollout_ref.actor.fsdp_config.param_offload=true",))
     run.wait(name, code=1)
     assert "param_offload moves the parameters" in run.output(name)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["actor_rollout_ref.actor.strategy=fsdp"], "needs actor_rollout_ref.actor.strategy=fsdp2"),
+        (["actor_rollout_ref.actor.fsdp_config.param_offload=true"], "param_offload moves the parameters"),
+        (["actor_rollout_ref.actor.fsdp_config.offload_policy=true"], "offload_policy keeps the parameters on the CPU"),
+        (
+            [
+                "trainer.save_freq=2",
+                "actor_rollout_ref.actor.checkpoint.save_contents=[model]",
+                "actor_rollout_ref.actor.checkpoint.load_contents=[model,optimizer]",
+            ],
+            "save_contents lacks",
+        ),
+        (["trainer.save_freq=2", "actor_rollout_ref.actor.checkpoint.load_contents=[model]"], "load_contents lacks"),
+        ([], None),
+        (["composer.outer.sync_every=0", "actor_rollout_ref.actor.strategy=fsdp"], None),
+        (["~actor_rollout_ref.actor.policy_loss.composer"], "nothing reads it"),
+        (["actor_rollout_ref.actor.policy_loss.loss_mode=vanilla"], "nothing reads it"),
+    ],
+)
+def test_a_recipe_that_cannot_be_exchanged_is_refused_beforehand(overrides, said):
+    """By `composer-rl validate` and our trainer, with the sentence that the worker would say."""
+    from composer_verl.host import compose
+    from composer_verl.preflight import check_config
+
+    overrides = [*overrides, "composer.policy.objective=host"] if "nothing" in (said or "") else overrides
+    for trainer in ("sync", "composer"):
+        found = check_config(
+            compose(RECIPES / "composer_diloco.yaml", [*overrides, f"trainer.v1.trainer_mode={trainer}"])
+        )
+        assert len(found) == (said is not None) and (said or "") in "".join(found), found
+
+
+def test_a_worker_refuses_what_it_cannot_exchange():
+    from types import SimpleNamespace
+
+    from composer_verl.outer import _refuse
+
+    from composer_plugins.errors import OuterLoopError
+
+    fits = {"strategy": "fsdp2", "param_offload": False, "offload_policy": False}
+    _refuse(SimpleNamespace(engine_config=SimpleNamespace(**fits)))
+    for change, said in (
+        ({"strategy": "megatron"}, "found 'megatron'"),
+        ({"param_offload": True}, "optimizer_offload may stay"),
+        ({"offload_policy": True}, "steps them there"),
+    ):
+        with pytest.raises(OuterLoopError, match=said):
+            _refuse(SimpleNamespace(engine_config=SimpleNamespace(**{**fits, **change})))
 
 
 def test_a_broken_environment_variable_stops_the_run_and_not_only_the_plugin(start):
@@ -264,3 +326,6 @@ def test_two_whole_runs_of_verl_with_a_ray_cluster_each(tmp_path):
         assert [(r["outer_step"], r["participants"], r["committed"]) for r in rounds] == [(1, 2, True), (2, 2, True)]
         metrics = [json.loads(line)["data"] for line in (output.parent / "metrics.jsonl").read_text().splitlines()]
         assert len(metrics) == 4 and all(m["actor/grad_norm"] > 0 for m in metrics)
+        # one optimizer step each, so the round after the second step shows in the third
+        assert [m.get("actor/outer/step") for m in metrics] == [None, None, 1.0, 1.0]
+        assert metrics[-1]["actor/outer/participants"] == 2.0

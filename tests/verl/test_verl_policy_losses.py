@@ -330,3 +330,29 @@ def test_several_ranks_without_global_counts_are_refused(tensors, actor):
     config = actor("composer_grpo", global_batch_info={"dp_size": 2})
     with pytest.raises(ConfigError, match="no global batch counts although dp_size is 2"):
         pair(tensors, config, config, "token-mean")
+
+
+def test_the_outer_loops_figures_are_among_verls_metrics(batch, actor, step, monkeypatch):
+    """In every micro-batch the same, so that verl's mean is the value; also where the loss is verl's."""
+    import torch
+    from composer_verl import outer
+    from composer_verl.channel_loss import composer_loss
+    from verl.utils import tensordict_utils as tu
+
+    from composer_plugins.config import parse_section
+
+    assert "outer/step" not in step(batch, actor("composer_grpo"))[2][0]
+
+    class Waiting:
+        def metrics(self):
+            return {"outer/step": 3.0}
+
+    monkeypatch.setattr(outer, "_installed", Waiting())
+    *_, seen = step(batch, actor("composer_grpo"), micro=2)
+    assert len(seen) > 1 and [metrics["outer/step"] for metrics in seen] == [3.0] * len(seen)
+    rows, log_probs = list(range(batch.rows)), torch.tensor(batch.logp)
+    data = batch.tensordict(rows, log_probs, torch.float64)
+    tu.assign_non_tensor(data, dp_size=1, batch_num_tokens=int(batch.mask.sum()), global_batch_size=batch.rows)
+    section = parse_section({"policy": {"objective": "host", "weight": 0.5}})
+    _, metrics = composer_loss(actor("vanilla"), section, batch.model_output(rows, log_probs), data)
+    assert metrics["outer/step"].aggregate() == 3.0

@@ -17,7 +17,8 @@ if importlib.util.find_spec("verl") is None:
         "verl is not installed: it needs an environment of its own (docs/how-to/verl.md)", allow_module_level=True
     )
 
-from composer_verl.rollouts import FIELDS, export_rollouts, plain_value, reader_of, rows_of, to_trace, write_rollouts
+from composer_verl.rollout_rows import FIELDS, rows_of
+from composer_verl.rollouts import export_rollouts, plain_value, reader_of, to_trace, write_rollouts
 from composer_verl.turns import TurnReader, host_error, spans, verl_parser
 
 from composer_plugins.errors import TraceError

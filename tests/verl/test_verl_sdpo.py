@@ -18,7 +18,7 @@ import torch
 from composer_verl.error_turns import Attempt, HintedTurn, HintSources, classify
 from composer_verl.fields import SDPO_MASK, SDPO_TEACHER, SDPO_TOKENS
 from composer_verl.hinted_rows import attempts_of, mini_batch_of, said_about, sdpo_fields
-from composer_verl.rollouts import RolloutRow, rows_of
+from composer_verl.rollout_rows import RolloutRow, rows_of
 from composer_verl.teachers import deal, hinted_batch
 from composer_verl.turns import TurnReader
 

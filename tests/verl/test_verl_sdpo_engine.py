@@ -59,6 +59,15 @@ EMPTY = {
     "empty inside": {**BASE, "hint": [], "hinted": [0, 3, 6, 9]},
     "no turn": {**BASE, "rows": 4, "mini_batches": 2, "hinted": [0, 1]},
 }
+LORA = {**BASE, "lora": 4, "lr": 40.0, "updates": 3}
+OTHER_WEIGHTS = {
+    "lora reference": {**LORA, "teacher": "reference", "sdpo": {**SDPO, "teacher": {"kind": "reference"}}},
+    "lora ema": {
+        **LORA, "teacher": "ema", "rate": 0.3, "strategy": "composer_fsdp2", "sdpo": {**SDPO, "teacher": {"kind": "ema"}},
+    },
+    "bf16": {**BASE, "bf16": True},
+    "bf16 empty": {**EMPTY["empty"], "bf16": True},
+}  # fmt: skip
 TWO_RANKS = ["base", "micro 1", "dynamic", "packed", "two mini-batches", "engine correction"]
 ENTRIES_TWO_RANKS = ["topk of the student", "topk packed"]
 
@@ -115,6 +124,7 @@ def runs(model, tmp_path_factory):
     """All scenarios, on 1 and on 2 ranks."""
     folder = tmp_path_factory.mktemp("runs")
     named = {name: {**BASE, **change} for name, change in {"base": {}, **CUTS, **OPTIONS, **ENTRIES}.items()} | EMPTY
+    named |= OTHER_WEIGHTS
     ema = {
         **BASE, "strategy": "composer_fsdp2", "teacher": "ema", "rate": 0.3, "lr": 0.5, "updates": 3,
         "sdpo": {**SDPO, "teacher": {"kind": "ema"}},
@@ -131,7 +141,7 @@ def runs(model, tmp_path_factory):
         chosen = (
             named
             if ranks == 1
-            else {name: named[name] for name in [*TWO_RANKS, *ENTRIES_TWO_RANKS, "empty", "topk empty"]}
+            else {name: named[name] for name in [*TWO_RANKS, *ENTRIES_TWO_RANKS, "empty", "topk empty", "lora ema"]}
         )
         scenarios = {name: {**s, "model": str(model)} for name, s in {**chosen, **kept}.items()}
         found[ranks] = (scenarios, on_ranks(folder, scenarios, ranks))
@@ -150,8 +160,11 @@ class Oracle:
                 parameter.copy_(parameters[name])
 
     def distributions(self, before, span, temperature=1.0):
-        ids = torch.tensor([*before, *span])
-        return torch.log_softmax(self.model(input_ids=ids[None]).logits[0, len(before) - 1 : -1] / temperature, -1)
+        logits = self.logits(torch.tensor([[*before, *span]]))[0, len(before) - 1 : -1]
+        return torch.log_softmax(logits / temperature, -1)
+
+    def logits(self, ids):
+        return self.model(input_ids=ids).logits
 
     def log_probs(self, before, span, temperature=1.0):
         return self.distributions(before, span, temperature).gather(-1, torch.tensor(span)[:, None])[:, 0]
@@ -207,9 +220,40 @@ class Oracle:
             total = total + (weight * (own.detach() - next(teacher).double()) * own).sum()
             count += end - start
         loss = sdpo["weight"] * total / max(count, sdpo.get("denominator_floor", 0))
-        self.model.zero_grad()
-        loss.backward()
-        return {name: p.grad.clone() for name, p in self.model.named_parameters()}, float(loss.detach())
+        trained = self.trained()
+        gradients = torch.autograd.grad(loss, list(trained.values()))
+        return dict(zip(trained, gradients, strict=True)), float(loss.detach())
+
+    def trained(self):
+        return dict(self.model.named_parameters())
+
+
+class LoraOracle(Oracle):
+    """The base model in float64 with W + alpha / rank * B A in the place of W; only A and B have a gradient."""
+
+    def __init__(self, folder, parameters, rank=4, alpha=8):
+        from transformers import LlamaForCausalLM
+
+        self.model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+        self.scale = alpha / rank
+        self.leaves = {n: p.double().requires_grad_() for n, p in parameters.items() if "lora_" in n}
+        base = {n: p for n, p in parameters.items() if "lora_" not in n}
+        for name, parameter in self.model.named_parameters():  # the base stands still
+            layer = name.removesuffix(".weight")
+            same = base.get(f"base_model.model.{name}", base.get(f"base_model.model.{layer}.base_layer.weight"))
+            assert torch.equal(same.double(), parameter)
+
+    def logits(self, ids):
+        weights = dict(self.model.named_parameters())
+        for name, down in self.leaves.items():
+            if ".lora_A." in name:
+                layer = name.removeprefix("base_model.model.").split(".lora_A.")[0]
+                up = self.leaves[name.replace(".lora_A.", ".lora_B.")]
+                weights[f"{layer}.weight"] = weights[f"{layer}.weight"].detach() + self.scale * up @ down
+        return torch.func.functional_call(self.model, weights, (), {"input_ids": ids}).logits
+
+    def trained(self):
+        return self.leaves
 
 
 def mini_batches(scenario, ranks, result):
@@ -343,6 +387,51 @@ def test_the_average_is_in_the_checkpoint(runs, ranks):
         assert torch.equal(before, after)
     error = runs[ranks][1]["without a file"]["error"]
     assert error.startswith("ConfigError") and "cannot be resumed exactly" in error
+
+
+@pytest.mark.parametrize(("ranks", "name"), [(1, "lora reference"), (1, "lora ema"), (2, "lora ema")])
+def test_an_adapter_is_trained_and_its_teacher_is_what_it_says(runs, model, ranks, name):
+    """reference: the model without its adapter; ema: the average of the adapter alone, a few bytes per rank."""
+    scenarios, found = runs[ranks]
+    scenario, result = scenarios[name], found[name]
+    adapters = [step["parameters"] for step in result["steps"]]
+    for number, step in enumerate(result["steps"]):
+        assert step["gradient"].keys() == {n for n in step["parameters"] if "lora_" in n}
+        gradient, loss = LoraOracle(model, step["parameters"]).gradient(
+            scenario, result["rows"], result["teacher"][number]
+        )
+        assert relative(step["gradient"], gradient) < 1e-5
+        assert result["metrics"][number]["loss"][0] == pytest.approx(loss, rel=2e-5)
+    average = {n: p.double() for n, p in adapters[0].items()}
+    for weights in [*adapters[1:], result["parameters"]]:
+        average = {n: a + 0.3 * (weights[n] - a) if "lora_" in n else a for n, a in average.items()}
+    if name == "lora reference":
+        average = {n: torch.zeros_like(p) if "lora_" in n else p for n, p in average.items()}
+    reads = LoraOracle(model, average)
+    live = LoraOracle(model, result["parameters"])
+    for (before, span), values in zip(result["readings"], result["teacher"][-1], strict=True):
+        assert torch.allclose(values.double(), reads.log_probs(before, span).detach(), atol=5e-6)
+    moved = [float((live.log_probs(*r) - reads.log_probs(*r)).abs().max().detach()) for r in result["readings"]]
+    assert max(moved) > 1e-3  # else the teacher could be the adapter as it is
+    if name == "lora ema":
+        trained = sum(p.numel() for n, p in adapters[0].items() if "lora_" in n)
+        size = result["metrics"][0]["sdpo/teacher_weights_gb"][0]
+        assert size == pytest.approx(trained * 4 / 1e9 / ranks, rel=0.05)
+
+
+def test_bf16_is_the_same_loss_at_its_own_precision(runs, model):
+    """verl's default on a GPU: bf16 forward, fp32 gradients. An empty hint is still exactly zero."""
+    scenarios, found = runs[1]
+    result = found["bf16"]
+    gradient, loss = Oracle(model, result["steps"][0]["parameters"]).gradient(
+        scenarios["bf16"], result["rows"], result["teacher"][0]
+    )
+    distance = relative(result["steps"][0]["gradient"], gradient)
+    assert 1e-4 < distance < 0.1
+    assert result["metrics"][0]["loss"][0] == pytest.approx(loss, rel=0.1)
+    empty = found["bf16 empty"]
+    assert empty["metrics"][0]["sdpo/loss"] == [0.0]
+    assert all(float(g.abs().max()) == 0.0 for g in empty["steps"][0]["gradient"].values())
 
 
 def test_a_mini_batch_without_an_error_turn_is_a_zero(runs):

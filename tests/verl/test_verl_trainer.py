@@ -8,8 +8,10 @@ About a minute a run on 2 cores. `cpu_host/` holds what stands in for the accele
 
 import importlib.util
 import itertools
+import json
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,9 @@ if importlib.util.find_spec("verl") is None:
 
 sys.path.insert(0, str(Path(__file__).parent / "cpu_host"))
 from cpu_run import channel_overrides, run
+
+from composer_plugins.traces.schema import Trace
+from composer_plugins.traces.store import read_manifest, read_stage
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -54,6 +59,39 @@ def check_weights_reached_the_engine(output, steps):
     assert {step for step, distance in moved if distance > 0} == {0, 1, 2, 3}
 
 
+SPECIAL = {"<pad>", "<unk>", "<|im_end|>"}
+
+
+def words(text):
+    """The words of an answer; what ends or fills it is shown by one of the two dumps only."""
+    return tuple(word for word in text.split() if word not in SPECIAL)
+
+
+def check_export(folder, step, groups=4, size=4):
+    """The traces of a step are its rollouts: state, action, reward, advantage and feedback; verl's own dump is the oracle."""
+    file = folder / "traces" / f"step_{step:06d}.jsonl"
+    traces, manifest = list(read_stage(file, Trace)), read_manifest(file)
+    dump = [json.loads(line) for line in (folder / f"{step}.jsonl").read_text().splitlines()]
+    assert len(traces) == len(dump) == groups * size == manifest.read == manifest.used and manifest.skipped == {}
+    found, rewards = Counter(), {}
+    for trace in traces:
+        (turn,) = trace.steps
+        (prompt,) = trace.state_of(turn)
+        asked = trace.extra["reward_model"]["ground_truth"]
+        assert (prompt.role, prompt.content) == ("user", f"say {asked} please") and turn.history_exact
+        assert trace.extra["step"] == step and trace.extra["response_tokens"] > 0
+        wrong = f"please say a color not the number two {asked}"
+        assert trace.extra.get("feedback") == (None if trace.reward == 1 else wrong)
+        found[words(trace.action_of(turn).content), round(trace.reward, 6)] += 1
+        rewards.setdefault(trace.extra["uid"], []).append((trace.reward, trace.extra["advantage"]))
+    assert found == Counter((words(row["output"]), round(row["score"], 6)) for row in dump)
+    assert len(found) > groups  # the answers differ
+    assert len(rewards) == groups
+    for group in rewards.values():
+        mean = sum(reward for reward, _ in group) / size
+        assert [advantage for _, advantage in group] == pytest.approx([r - mean for r, _ in group], abs=1e-5)
+
+
 def test_all_channels_in_one_update_on_two_ranks(tmp_path):
     code, output, steps = channels(tmp_path, ranks=2)
     assert code == 0, output[-6000:]
@@ -68,7 +106,8 @@ def test_all_channels_in_one_update_on_two_ranks(tmp_path):
         assert "actor/sdpo/teacher_peak_gb" in step
         assert step["timing_s/sdpo_teacher"] > 0 and step["timing_s/replay_dpo_pairs"] > 0
         assert step["actor/replay_dpo/pairs"] == 3
-    assert list((tmp_path / "rollouts").rglob("*.jsonl"))
+    for step in (1, 2, 3):
+        check_export(tmp_path / "rollouts", step)
 
 
 def test_three_steps_of_dr_grpo_on_the_stock_trainer(tmp_path):
@@ -96,24 +135,63 @@ def test_every_combination_of_channels(policy, sdpo, replay_dpo, tmp_path):
     check_channel(steps, "sdpo", sdpo, "active_tokens")
     check_channel(steps, "replay_dpo", replay_dpo, "pairs")
     if policy:
-        assert all(step["actor/policy/active_tokens"] > 0 for step in steps)
+        assert all(step["actor/policy/active_tokens"] > 0 and step["actor/pg_loss"] != 0 for step in steps)
+    else:
+        assert not [name for step in steps for name in step if name.startswith(("actor/policy/", "actor/pg_"))]
 
 
 @pytest.mark.slow
-def test_all_channels_off_is_refused_or_moves_nothing(tmp_path):
+def test_all_channels_off_is_refused_on_the_driver(tmp_path):
+    """As on every host: nothing would be trained."""
     code, output, steps = channels(tmp_path, policy=False, sdpo=False, replay_dpo=False)
-    if code:
-        assert "ConfigError" in output, output[-3000:]
-    else:
-        assert all(step["actor/grad_norm"] == 0 for step in steps)
+    assert code != 0 and steps == []
+    assert "ConfigError" in output and "all weights are 0: nothing would be trained" in output
+    assert "Started a local Ray instance" not in output
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("teacher", ["live", "ema", "reference"])
 def test_every_teacher(teacher, tmp_path):
-    code, output, steps = channels(tmp_path, f"composer.sdpo.teacher.kind={teacher}", replay_dpo=False, ranks=2)
+    fp32 = (
+        "+actor_rollout_ref.ref.fsdp_config.mixed_precision={param_dtype: fp32, reduce_dtype: fp32, buffer_dtype: fp32}"
+    )
+    kind = f"composer.sdpo.teacher.kind={teacher}"
+    code, output, steps = channels(tmp_path, kind, fp32, replay_dpo=False, ranks=2)
     assert code == 0, output[-6000:]
+    check_weights_reached_the_engine(output, steps)
     check_channel(steps, "sdpo", True, "active_tokens")
+    assert "reference worker computes in" not in output
+    assert all(("actor/sdpo/teacher_weights_gb" in step) == (teacher == "ema") for step in steps)
+
+
+@pytest.mark.slow
+def test_a_channel_that_stays_silent_says_why(tmp_path):
+    """The reward function could say something and never does: zeros in the metrics, a warning in the run's output."""
+    code, output, steps = channels(
+        tmp_path,
+        "reward.custom_reward_function.name=compute_score",
+        "++composer.monitor.silent_after=2",
+        replay_dpo=False,
+    )
+    assert code == 0 and len(steps) == 3, output[-6000:]
+    for step in steps:
+        assert (
+            step["actor/sdpo/active_tokens"] == step["actor/sdpo/hinted_turns"] == step["actor/sdpo/teacher_rows"] == 0
+        )
+        assert step["actor/policy/active_tokens"] > 0
+    assert "no `feedback` or `hint` in what the reward function returned" in output
+
+
+@pytest.mark.slow
+def test_all_channels_at_level_topk(tmp_path):
+    """verl's own logits hook, k fields per response token in TransferQueue, beside pair rows; two ranks."""
+    options = ("level=topk", "top_k=5", "alpha=0.5")
+    code, output, steps = channels(tmp_path, *[f"++composer.sdpo.{option}" for option in options], ranks=2)
+    assert code == 0, output[-6000:]
+    check_weights_reached_the_engine(output, steps)
+    check_channel(steps, "sdpo", True, "active_tokens")
+    check_channel(steps, "replay_dpo", True, "pairs")
+    assert all(step["actor/sdpo/divergence"] > 0 for step in steps)  # over entries; of sampled tokens it has any sign
 
 
 @pytest.mark.slow

@@ -71,6 +71,13 @@ def test_what_the_self_distillation_arm_cannot_do_is_said(overrides, message):
     assert any(message in line for line in found), found
 
 
+def test_policy_options_that_verls_own_trainer_and_loss_would_not_read_are_said():
+    own = ["~actor_rollout_ref.actor.policy_loss", "+actor_rollout_ref.actor.policy_loss.loss_mode=vanilla"]
+    assert check_config(compose(POLICY, [*own, "composer.policy.objective=host"])) == []
+    found = check_config(compose(POLICY, [*own, "+composer.policy.weight=0.5", "+composer.policy.clip_low=0.1"]))
+    assert "objective is dr_grpo" in found[0] and "composer.policy (clip_low, weight) has no effect" in found[1]
+
+
 def test_the_recipe_as_it_is_has_no_problem():
     assert check_config(compose(SDPO)) == []
 
@@ -92,6 +99,43 @@ def test_a_hint_source_that_cannot_give_a_hint_is_a_problem(sources, columns, ov
     without = check_config(compose(SDPO, [*bare, data(tmp_path)]))
     assert len(without) == 1 and f"can give a hint: {sources}: " in without[0]
     assert check_config(compose(SDPO, [*bare, data(tmp_path, **columns), *overrides])) == []
+
+
+def test_recorded_hints_that_nothing_reads_are_remarked(tmp_path, caplog):
+    hints = data(tmp_path, extra_info=[{"index": 0, "hint": "do x"}])
+    for recipe, overrides, said in (
+        (SDPO, ["composer.sdpo.hint.sources=[rollout]"], "hint.sources does not name `recorded`"),
+        (POLICY, [], "composer.sdpo.weight is 0"),
+        (SDPO, ["composer.sdpo.hint.sources=[rollout,recorded]"], None),
+    ):
+        caplog.clear()
+        assert check_config(compose(recipe, [hints, *overrides])) == []
+        found = [r.getMessage() for r in caplog.records if "none of them is used" in r.getMessage()]
+        assert len(found) == (said is not None) and (said is None or said in found[0])
+    caplog.clear()
+    assert check_config(compose(POLICY, [data(tmp_path)])) == [] and not caplog.records
+
+
+def test_a_reference_of_another_precision_is_remarked(tmp_path, caplog):
+    reference = ["composer.sdpo.teacher.kind=reference", "actor_rollout_ref.ref.log_prob_use_dynamic_bsz=true"]
+    paired = [pairs(tmp_path / "pairs.jsonl")]
+    kl = "actor_rollout_ref.actor.use_kl_loss=true"
+    fp32 = "+actor_rollout_ref.{}.fsdp_config.mixed_precision={{param_dtype: {}}}"
+    actor, ref, same = fp32.format("actor", "fp32"), fp32.format("ref", "float32"), fp32.format("ref", "fp16")
+    for recipe, overrides, said in (
+        (SDPO, reference, None),
+        (SDPO, [*reference, actor], "in bf16 and the actor in fp32"),
+        (SDPO, [*reference, actor, ref], None),
+        (SDPO, [*reference, same], "in fp16 and the actor in bf16"),
+        (SDPO, [actor], None),
+        (SDPO, [*reference, actor, "actor_rollout_ref.model.lora_rank=8"], None),
+        (REPLAY, [*paired, actor], None),
+        (REPLAY, [*paired, actor, kl], "in bf16 and the actor in fp32"),
+    ):
+        caplog.clear()
+        assert check_config(compose(recipe, overrides)) == [], overrides
+        found = [r.getMessage() for r in caplog.records if "reference worker computes" in r.getMessage()]
+        assert len(found) == (said is not None) and (said is None or said in found[0]), overrides
 
 
 def test_one_source_that_can_is_enough_and_unreadable_data_is_no_problem(tmp_path):

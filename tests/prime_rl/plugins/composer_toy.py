@@ -35,13 +35,16 @@ class ToyData(vf.TaskData):
     results: tuple[str, ...] = ()
     """What the tool answers, call by call; then the episode ends."""
     score: float = 0.0
+    wanted: str | None = None
+    """The last answer that earns the score; None: any."""
     hint: str | None = None
 
 
 class ToyTask(vf.Task[ToyData]):
     @vf.reward
-    async def recorded_score(self) -> float:
-        return self.data.score
+    async def recorded_score(self, trace) -> float:
+        said = [node.message.content for node in trace.nodes if node.message.role == "assistant"]
+        return self.data.score if self.data.wanted in (None, said[-1] if said else "") else 0.0
 
 
 class ToyTasksetConfig(vf.TasksetConfig):

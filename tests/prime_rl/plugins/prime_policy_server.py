@@ -36,7 +36,9 @@ class PolicyServer:
                 self.reply(200, {"data": [{"id": owner.name, "max_model_len": 8192}]})
 
             def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or "{}")
+                if owner.admin(self.path.partition("?")[0], body):
+                    return self.reply(200, {"status": "ok"})
                 owner.requests.append({"path": self.path, "headers": dict(self.headers), **body})
                 if self.path != "/inference/v1/generate":
                     return self.reply(404, {"error": self.path})
@@ -90,6 +92,10 @@ class PolicyServer:
         self.thread.start()
         self.base_url = f"http://127.0.0.1:{self.http.server_port}/v1"
 
+    def admin(self, path: str, body: dict) -> bool:
+        """Whether a request was one of the administrator's, and done; none is here."""
+        return False
+
     def logprobs(self, ids: list[int]) -> list[float]:
         """Log-prob of every token after the first, temperature 1."""
         with self.lock, torch.no_grad():
@@ -104,10 +110,13 @@ class PolicyServer:
             entries.append({"0": {"logprob": -0.5, "rank": 1}, str(token): {"logprob": value, "rank": 7}})
         return {"request_id": "x", "choices": [], "prompt_logprobs": entries}
 
-    def generate(self, body: dict) -> dict:
+    def text_for(self, body: dict) -> str:
+        """What is "sampled" for a request."""
         with self.lock:
-            text = self.script.popleft() if len(self.script) > 1 else self.script[0]
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            return self.script.popleft() if len(self.script) > 1 else self.script[0]
+
+    def generate(self, body: dict) -> dict:
+        ids = self.tokenizer(self.text_for(body), add_special_tokens=False)["input_ids"]
         ids += self.tokenizer("<|im_end|>", add_special_tokens=False)["input_ids"]
         prompt = body["token_ids"]
         logprobs = self.logprobs(prompt + ids)[len(prompt) - 1 :]

@@ -6,6 +6,7 @@ Every part is prime-rl's or verifiers'; only the engine behind the HTTP server i
 from __future__ import annotations
 
 import asyncio
+import inspect
 import uuid
 from pathlib import Path
 
@@ -66,10 +67,10 @@ class Wire:
             config.train.source, dict.fromkeys(config.env_addresses, ""), policy_pool=self.pool,
             renderer_config=config.renderer,
         )  # fmt: skip
-        self.sink = TrainSink(
-            config, tokenizer=server.tokenizer, train_envs=self.envs, mm_token_type_ids_mapping=None, progress=Progress(),
-            batch_size=config.batch_size, token_batch_size=None,
-        )  # fmt: skip
+        options = {"mm_token_type_ids_mapping": None, "batch_size": config.batch_size, "token_batch_size": None}
+        if "progress" in inspect.signature(TrainSink).parameters:  # newer than 0.8.1.dev53
+            options["progress"] = Progress()
+        self.sink = TrainSink(config, tokenizer=server.tokenizer, train_envs=self.envs, **options)
         self.packer = BatchPacker(config)
         self.episodes: list[vf.Episode] = []
 

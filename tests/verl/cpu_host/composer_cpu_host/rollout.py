@@ -1,6 +1,15 @@
-"""A rollout server that samples with transformers on a CPU: token ids in, token ids and log-probs out."""
+"""A rollout server that samples with transformers on a CPU: token ids in, token ids and log-probs out.
+
+Two environment variables of a run change what it answers:
+
+    COMPOSER_CPU_NOISE   standard deviation, nats: the log-probs that it reports are off by as much, as an engine's with
+                         other kernels are
+    COMPOSER_CPU_FIRST   a JSON list of texts: the first turn of every conversation is one of them, in turn, since a
+                         random model makes no tool calls; what the model samples after them is at most 6 tokens
+"""
 
 import asyncio
+import json
 import os
 
 import ray
@@ -56,7 +65,10 @@ class HFServer:
         self.model = AutoModelForCausalLM.from_config(
             AutoConfig.from_pretrained(model_config.local_path), dtype=torch.float32
         ).eval()
-        self.eos, self.steps, self.lock = model_config.tokenizer.eos_token_id, None, asyncio.Lock()
+        self.tokenizer, self.steps, self.lock = model_config.tokenizer, None, asyncio.Lock()
+        self.eos = self.tokenizer.eos_token_id
+        self.noise = float(os.environ.get("COMPOSER_CPU_NOISE", 0))
+        self.first, self.asked = json.loads(os.environ.get("COMPOSER_CPU_FIRST", "[]")), 0
         self.generator = torch.Generator().manual_seed(int(config.seed))
 
     async def ready(self) -> None: ...
@@ -82,6 +94,8 @@ class HFServer:
     def _sample(self, prompt, params):
         temperature = float(params.get("temperature", 1.0))
         limit = int(params.get("max_tokens") or params.get("max_new_tokens") or self.config.response_length)
+        script = self._script(prompt)
+        limit = min(limit, len(script) or 6) if self.first else limit
         inputs, cache, ids, log_probs = torch.tensor([prompt]), None, [], []
         while len(ids) < limit:
             out = self.model(input_ids=inputs, past_key_values=cache, use_cache=True)
@@ -92,13 +106,25 @@ class HFServer:
             else:
                 scores = torch.log_softmax(logits / temperature, -1)
                 token = int(torch.multinomial(scores.exp(), 1, generator=self.generator))
-                logp = float(scores[token])
+                token = script[len(ids)] if script else token
+                logp = float(scores[token] + self.noise * torch.randn((), generator=self.generator))
             ids.append(token)
             log_probs.append(logp)
             if token == self.eos:
                 return ids, log_probs, "completed"
             inputs = torch.tensor([[token]])
         return ids, log_probs, "length"
+
+    def _script(self, prompt) -> list[int]:
+        """The ids of a conversation's first turn, when the run gives them."""
+        if (
+            not self.first
+            or "<|im_start|>assistant" in self.tokenizer.decode(prompt)[: -len("<|im_start|>assistant\n")]
+        ):
+            return []
+        self.asked += 1
+        text = self.first[(self.asked - 1) % len(self.first)]
+        return [*self.tokenizer.encode(text, add_special_tokens=False), self.eos]
 
     async def set_global_steps(self, steps) -> None:
         self.steps = steps

@@ -35,6 +35,35 @@ def write_model(folder: Path) -> Path:
     return folder
 
 
+def write_byte_model(folder: Path) -> Path:
+    """Save a model that reads any text, a token per byte, with the chat template of ours that renders tools."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from composer_plugins.models.toolcalls import install_tool_template
+
+    special = ["<pad>", "<|im_start|>", "<|im_end|>"]
+    vocabulary = {token: i for i, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    bytewise = Tokenizer(models.BPE(vocabulary, merges=[]))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytewise.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bytewise, pad_token="<pad>", eos_token="<|im_end|>", additional_special_tokens=["<|im_start|>"]
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=False,
+            pad_token_id=0, eos_token_id=2, bos_token_id=None,
+        )
+    )  # fmt: skip
+    model.save_pretrained(folder)
+    install_tool_template(tokenizer).save_pretrained(folder)
+    return folder
+
+
 def write_data(path: Path, rows: int = 32) -> Path:
     """Save prompts as verl's parquet."""
     import pandas as pd
