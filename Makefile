@@ -93,7 +93,7 @@ test-prime-rl-slow: prime-rl-tree ## prime-rl's whole `rl` command and trainer l
 test-prime-rl-core: $(PRIME_VENV)/.installed ## The core's tests on Python 3.12 with prime-rl's versions of its packages (no prime-rl needed)
 	OMP_NUM_THREADS=1 $(PRIME_VENV)/bin/python -m pytest -n 2 -m "not slow and not gpu" --ignore=tests/trl --ignore=tests/verl --ignore=tests/torchft --ignore=tests/prime_rl
 
-test-mutants: setup ## Planted defects in the shipped source, each caught by the conformance contract that names it (5 minutes at most)
+test-mutants: $(VENV)/.torchft ## Planted defects in the shipped source, each caught by the conformance contract that names it (7 minutes at most)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/conformance/test_conformance_mutants.py
 
 test-slow: model ## The long checks

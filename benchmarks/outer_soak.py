@@ -15,6 +15,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -78,6 +79,21 @@ class Cluster:
     def established(self, index: int) -> bool:
         """Return whether the island has made an outer step since it was last started."""
         return any(e["kind"] == "round" for e in self.events(index)[self.since[index] :])
+
+    def can_meet(self, stopped: set[int]) -> bool:
+        """Return whether a quorum is possible: the lighthouse listens, and two islands are there and not stopped."""
+        there = [i for i in range(COUNT) if i not in stopped and self.islands[i].poll() is None and self.started(i)]
+        if len(there) < 2 or self.light.poll() is not None:
+            return False
+        try:
+            socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+        except OSError:
+            return False
+        return True
+
+    def started(self, index: int) -> bool:
+        """Return whether the island is past its imports since it was last started."""
+        return any(e["kind"] == "start" for e in self.events(index)[self.since[index] :])
 
     def check_alive(self, index: int) -> None:
         if self.islands[index].poll() is not None:
@@ -199,8 +215,8 @@ def soak(minutes: float, seed: int, folder: Path, every: tuple[float, float], in
     cluster = Cluster(folder, inner_seconds)
     faults = Faults(cluster, rng)
     try:
-        started = moved = time.time()
-        longest, step, next_fault = 0.0, 0, None
+        started = moved = could = time.time()
+        longest, hindered, step, next_fault = 0.0, 0.0, 0, None
         while time.time() < started + 60 * minutes:
             time.sleep(0.1)
             for i in range(COUNT):
@@ -208,7 +224,11 @@ def soak(minutes: float, seed: int, folder: Path, every: tuple[float, float], in
                     cluster.check_alive(i)
             if (now := newest(cluster)) > step:
                 longest = max(longest, time.time() - moved if step else 0.0)
+                hindered = max(hindered, time.time() - could if step else 0.0)
                 step, moved = now, time.time()
+                could = moved
+            elif time.time() > moved + 1 and not cluster.can_meet(faults.hurt):
+                could = time.time()
             if time.time() > moved + PATIENCE:
                 raise Broken(f"no outer step for {PATIENCE:.0f} s after step {step}: deadlock")
             faults.undo()
@@ -234,7 +254,8 @@ def soak(minutes: float, seed: int, folder: Path, every: tuple[float, float], in
                 cluster.check_alive(i)
         return {
             "minutes": minutes, "seed": seed, "faults": dict(faults.counts),
-            "longest_without_outer_step": round(longest, 1), **judge(cluster),
+            "longest_without_outer_step": round(longest, 1),
+            "longest_though_two_islands_and_the_lighthouse_were_there": round(hindered, 1), **judge(cluster),
         }  # fmt: skip
     finally:
         cluster.close()

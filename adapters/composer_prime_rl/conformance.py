@@ -10,6 +10,7 @@ What finds error turns, scores hints and packs is tested in `tests/prime_rl`.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -19,6 +20,7 @@ import torch
 from composer_plugins.conformance.adapter import AdapterConformance
 from composer_plugins.conformance.capabilities import Capability as Can
 from composer_plugins.conformance.problem import Layout, Outcome, PairOfRows, Problem, Row, Turn
+from composer_plugins.conformance.ranks import of_rank, on_ranks, summed
 from composer_plugins.conformance.real_model import gradient_of, model_of, norm_of
 from composer_plugins.conformance.table_model import token_logprobs
 from composer_plugins.errors import UnsupportedError
@@ -34,7 +36,7 @@ class TestPrimeRL(AdapterConformance):
     capabilities: ClassVar[frozenset] = frozenset(
         {
             Can.SAMPLED, Can.ACCUMULATION, Can.PACKED, Can.ADVANTAGE_FORM, Can.LIVE_TEACHER, Can.RESUME, Can.MONITOR,
-            Can.BF16,
+            Can.BF16, Can.MULTI_RANK,
         }
     )  # fmt: skip
     reasons: ClassVar[dict[Any, str]] = {
@@ -45,7 +47,6 @@ class TestPrimeRL(AdapterConformance):
         Can.PADDED: "prime-rl packs samples and never pads",
         Can.PAIRWISE: "compute_loss is given one sample at a time",
         Can.FORWARDS: "the model runs in prime-rl's trainer and inference server, not in compute_loss",
-        Can.MULTI_RANK: "the scales that compute_loss is given count the tokens of all ranks",
     }  # fmt: skip
     #: Means over the step's tokens; prime-rl divides by tokens, so means over sequences are approximate
     #: (`tokens_per_sample`).
@@ -60,6 +61,8 @@ class TestPrimeRL(AdapterConformance):
     }
 
     def evaluate(self, problem: Problem, composer: dict[str, Any], layout: Layout) -> Outcome:
+        if layout.ranks > 1:  # prime-rl's trainer adds gradients up, its scales count the tokens of all ranks
+            return summed(on_ranks(_on_rank, layout.ranks, problem, composer, layout))
         return self._step(model_of(problem, layout.dtype), problem, composer, layout)
 
     def run(
@@ -86,7 +89,7 @@ class TestPrimeRL(AdapterConformance):
         return found
 
     @staticmethod
-    def _step(model, problem: Problem, composer: dict[str, Any], layout: Layout) -> Outcome:
+    def _step(model, problem: Problem, composer: dict[str, Any], layout: Layout, rank: int = 0) -> Outcome:
         from prime_rl.configs.trainer import CustomLossConfig
         from prime_rl.trainer.rl import loss as host
 
@@ -105,9 +108,9 @@ class TestPrimeRL(AdapterConformance):
             "rl_scale": max(sum(tokens), 1), "ref_kl_scale": max(hinted, 1), "ce_scale": max(action_tokens, 1),
         }  # fmt: skip
         loss, metrics, seen, weights = 0.0, {}, Counter(), []
-        for number, rows in enumerate(layout.micro_batches):
+        for number, rows in enumerate(of_rank(layout, rank)):
             samples = [_rollout(problem, model, problem.rows[i], sdpo.get("weight", 0.0), seen) for i in rows]
-            if number == 0 and replay.get("weight", 0) > 0:
+            if number == rank == 0 and replay.get("weight", 0) > 0:
                 for pair in problem.pairs:
                     samples += _pair(model, pair, replay, action_tokens / len(problem.pairs), weights)
             part, found = host.compute_loss(**_streams(samples), rl_loss_fn=rl_loss, **scales)
@@ -118,6 +121,11 @@ class TestPrimeRL(AdapterConformance):
         return Outcome(
             loss, *gradient_of(model), metrics | _orchestrator(sdpo, seen, weights, action_tokens), norm=norm_of(model)
         )
+
+
+def _on_rank(problem: Problem, composer: dict[str, Any], layout: Layout) -> Outcome:
+    rank = int(os.environ["RANK"])
+    return TestPrimeRL._step(model_of(problem, layout.dtype), problem, composer, layout, rank)
 
 
 def loss_kwargs(composer: dict[str, Any]) -> dict[str, Any]:

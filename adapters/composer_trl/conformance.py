@@ -34,6 +34,7 @@ class TestTRL(AdapterConformance):
             Can.MONITOR, Can.MULTI_RANK, Can.BF16,
         }
     )  # fmt: skip
+    reasons: ClassVar[dict[Any, str]] = {Can.PACKED: "GRPOTrainer pads its rows and never packs them"}
 
     def references(self):
         from composer_trl.references import references

@@ -96,7 +96,7 @@ def _print(report, output: Path) -> None:
         lines.append(f"... and {report.ledger.problems.total - _LISTED} more places")
     if len(report.read_files) > _ROWS:
         lines.append(f"{len(report.read_files) - _ROWS} more files are in the totals; the manifest lists them all.")
-    refused = [f"not read: {message}" for message in report.refused.values()]
+    refused = [f"not read: {_why(message)}" for message in report.refused.values()]
     lines += refused[:_LISTED]
     if len(refused) > _LISTED:
         lines.append(f"... and {len(refused) - _LISTED} more files that were not read (all are in the manifest)")
@@ -138,6 +138,11 @@ def _root(paths: list[Path]) -> Path | None:
     parents = [set(path.parents) for path in paths]
     shared = set.intersection(*parents) if len(parents) > 1 else set()
     return max(shared, key=lambda folder: len(folder.parts)) if shared else None
+
+
+def _why(refusal: str) -> str:
+    """A refusal without the list of formats, which would stand in every line; but not without a bug of a reader."""
+    return refusal if "report that bug" in refusal else refusal.partition(". Formats that can be read")[0]
 
 
 def _reasons(skipped: dict[str, int]) -> str:

@@ -1,17 +1,19 @@
 """The same tensors through several hosts and the losses of others: loss, gradient norm, how far the gradients are apart.
 
 Hosts live in environments of their own, so each is measured by itself and the results are put together afterwards. The
-batch of a real language model is written once and read by all; `formulas` are the oracle's on that batch; `published` are
-the loss functions of two checkouts (`published.py` says how to get them).
+batch of a real language model is written once and read by all; `formulas` are the oracle's on that batch, in float64, and
+`rounding` the same with the model in float32; `published` are the loss functions of two checkouts (`published.py` says how to
+get them).
 
     P="python -m composer_plugins.conformance.parity"
     $P batch smollm2-135m-instruct -o batch.json
     $P measure formulas -o formulas.npz --batch batch.json
+    $P measure rounding -o rounding.npz --batch batch.json
     $P measure published -o published.npz --sdpo path/to/SDPO --opsd path/to/OPSD
     $P measure trl -o trl.npz --batch batch.json                                   # in TRL's environment
     $P measure verl -o verl.npz --batch batch.json                                 # in verl's
     $P measure prime_rl -o prime_rl.npz --batch batch.json                         # in prime-rl's
-    $P table trl.npz verl.npz prime_rl.npz formulas.npz published.npz --batch batch.json > docs/parity.md
+    $P table trl.npz verl.npz prime_rl.npz formulas.npz rounding.npz published.npz --batch batch.json > docs/parity.md
 """
 
 from __future__ import annotations
@@ -75,13 +77,13 @@ class Measurement:
                 continue
             self._keep(case.name, outcome.loss, outcome.gradient, outcome.norm)
 
-    def formulas(self, batch: Problem) -> None:
-        """The oracle on the batch: slopes in float64 NumPy, sent back through the model."""
+    def formulas(self, batch: Problem, dtype: str) -> None:
+        """The oracle on the batch: slopes in float64 NumPy, sent back through the model in `dtype`."""
         from composer_plugins.conformance.real_model import ModelScores
 
         for case in cases(batch):
             if case.problem is batch:
-                scores = ModelScores(batch)
+                scores = ModelScores(batch, dtype)
                 found = expected(batch, case.composer, scores=scores)["total"]
                 self._keep(case.name, found.loss, found.gradient, scores.norm)
 
@@ -105,7 +107,9 @@ def main(arguments: list[str] | None = None) -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["batch", "measure", "table"])
-    parser.add_argument("names", nargs="+", help="a model; a host, formulas or published; or the measured files")
+    parser.add_argument(
+        "names", nargs="+", help="a model; a host, formulas, rounding or published; or the measured files"
+    )
     parser.add_argument("-o", "--output", type=Path)
     for option in ("--batch", "--sdpo", "--opsd"):
         parser.add_argument(option, type=Path)
@@ -134,10 +138,10 @@ def _run(options: argparse.Namespace) -> None:
     found = Measurement(name)
     if name == "published":
         _published(found, options)
-    elif name == "formulas":
+    elif name in ("formulas", "rounding"):
         if batch is None:
-            raise ConfigError("formulas are computed on a batch: add --batch batch.json.")
-        found.formulas(batch)
+            raise ConfigError(f"{name} is computed on a batch: add --batch batch.json.")
+        found.formulas(batch, {"formulas": "float64", "rounding": "float32"}[name])
     else:
         suite = suite_of(name)
         found.host(suite, batch)

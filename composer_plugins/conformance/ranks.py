@@ -69,6 +69,14 @@ def averaged(outcomes: list[Outcome]) -> Outcome:
     )
 
 
+def summed(outcomes: list[Outcome]) -> Outcome:
+    """The step of hosts that add gradients up over ranks and divide each rank's loss by counts over all of them."""
+    whole = averaged(outcomes)
+    whole.loss, whole.gradient = whole.loss * len(outcomes), whole.gradient * len(outcomes)
+    whole.metrics = {name: sum(o.metrics.get(name, 0.0) for o in outcomes) for o in outcomes for name in o.metrics}
+    return whole
+
+
 class Servant:
     """A process that makes one call after the other, for hosts that take long to import or own their process.
 

@@ -72,10 +72,14 @@ def _gradient(parameter: torch.nn.Parameter) -> np.ndarray:
 
 
 class ModelScores:
-    """A language model in float64, and slopes sent back through it; see `expected.TableScores`."""
+    """A language model, and slopes sent back through it; see `expected.TableScores`.
 
-    def __init__(self, problem: Problem) -> None:
-        self.problem, self.model = problem, model_of(problem).double()
+    Args:
+        problem: of the model. dtype: "float64" for the reference; "float32" shows what rounding alone does to it.
+    """
+
+    def __init__(self, problem: Problem, dtype: str = "float64") -> None:
+        self.problem, self.model = problem, model_of(problem).to(getattr(torch, dtype))
         self.norm, self._taken, self._sum = 0.0, 0.0, torch.zeros(())
         self._scored: dict[Any, torch.Tensor] = {}
 
@@ -96,7 +100,7 @@ class ModelScores:
 
     def add(self, context: Sequence[int], ids: Sequence[int], slopes: np.ndarray, temperature: float) -> None:
         found = self._with_gradient(context, ids, temperature)
-        self._sum = self._sum + (found * torch.tensor(slopes)).sum()
+        self._sum = self._sum + (found * torch.tensor(slopes, dtype=found.dtype)).sum()
 
     def take(self) -> np.ndarray:
         """The gradient of what was added since the last call; `norm` becomes that of everything."""

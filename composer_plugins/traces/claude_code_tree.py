@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from composer_plugins.traces.claude_code_records import Line, blocks_of
+from composer_plugins.traces.claude_code_rewound import drop_rewound
 from composer_plugins.traces.copies import Seen
 
 INJECTED = (
@@ -164,7 +165,10 @@ class Forest:
 
     def printed(self, record: Line) -> None:
         """Name the conversation of a record that the program printed; there is no tree then, each follows the last."""
-        record.sessionId = record.sessionId or record.session_id
+        if record.sessionId is not None:
+            record.session_id = None  # a record of the log, which says both
+            return
+        record.sessionId = record.session_id
         if record.parent_tool_use_id:
             record.isSidechain, record.agentId = True, record.parent_tool_use_id
             self._home((record.sessionId, None)).sub_agents.setdefault(record.agentId, record.agentId)
@@ -224,7 +228,7 @@ class Forest:
         names = list(self._of_session) if sessions is None else sessions
         chosen = [c for name in names for c in self._of_session.get(name, ())]
         for conversation in chosen:
-            _drop_rewound(conversation)
+            drop_rewound(conversation)
         ready: list[Conversation] = []
         for conversation in chosen:
             if conversation.past is None or conversation.past.complete:
@@ -268,44 +272,6 @@ class Forest:
             for uuid in self._links_of.pop(session, ()):
                 if self._links.pop(uuid, None):
                     self._forgotten.add(_key(uuid))
-
-
-def _drop_rewound(conversation: Conversation) -> None:
-    """A new prompt (or a new model answer) beside an older one replaces it, if the older branch ended."""
-    if not conversation.forked:
-        return
-    inside = [n for n in conversation.nodes if n.parent is not None and n.parent.key == conversation.key]
-    children: defaultdict[int, list[Node]] = defaultdict(list)
-    last = {node.order: node.order for node in conversation.nodes}
-    for node in inside:
-        children[node.parent.order].append(node)
-    for node in reversed(inside):  # a child always comes after its parent
-        last[node.parent.order] = max(last[node.parent.order], last[node.order])
-    for order in sorted(order for order, nodes in children.items() if len(nodes) > 1):
-        older: list[Node] = []
-        for node in children[order]:
-            for replaced in [n for n in older if last[n.order] < node.order and _replaces(node, n)]:
-                for below in _subtree(replaced, children):
-                    below.dropped = True
-            if node.kind != "micro" and not node.answers:
-                older = [*(n for n in older if not n.dropped), node]
-
-
-def _replaces(node: Node, older: Node) -> bool:
-    if node.kind == "user":
-        return not node.answers and node.injected is None and older.kind in ("user", "compact")
-    if node.kind != "assistant" or older.kind != "assistant" or node.parent.kind == "assistant":
-        return False
-    return node.record.message.id != older.record.message.id
-
-
-def _subtree(node: Node, children: dict[int, list[Node]]) -> list[Node]:
-    found, stack = [], [node]
-    while stack:
-        top = stack.pop()
-        found.append(top)
-        stack.extend(children.get(top.order, ()))
-    return found
 
 
 def _key(uuid: str) -> int:

@@ -25,6 +25,7 @@ from composer_plugins.traces.codex_items import (
     to_call,
     tools_of,
 )  # fmt: skip
+from composer_plugins.traces.codex_lineage import records_before
 from composer_plugins.traces.codex_output import read_output
 from composer_plugins.traces.lines import json_text
 from composer_plugins.traces.model_fields import content_of, dig, text_or_none
@@ -101,8 +102,6 @@ class Rollout:
             self.notes["other_sessions"] += 1  # a fork repeats the header of the session it came from
             return None
         self.meta = meta
-        if isinstance(meta.get("history_base"), dict):
-            self.talk.inexact("unlinked")  # since 0.154 a fork's file begins where the other session's file ends
         base = meta.get("base_instructions")
         self.system = text_or_none(base.get("text") if isinstance(base, dict) else base)
         if self.system is None:
@@ -111,7 +110,32 @@ class Rollout:
             self.system = text_or_none(meta.get("instructions"))
         if self.system is not None and not self.talk.items:
             self.talk.say("system", self.system, line)
+        if isinstance(meta.get("history_base"), dict):
+            self._past(records_before(Path(self.source), meta))
         return None
+
+    def _past(self, records: list[dict[str, Any]] | None) -> None:
+        """Take what other rollouts hold as context: no steps, and no records of this file (0 is the line of none)."""
+        if records is None:
+            self.talk.inexact("unlinked")
+            return
+        mine, self.notes, self.records = (self.notes, self.records), Counter(), Records(self.source)
+        for record in records:
+            kind, payload = record.get("type"), record.get("payload")
+            if not isinstance(payload, dict):
+                self.talk.inexact("damaged_line")
+            elif kind == "response_item":
+                self._item(payload, 0, own=False)
+            elif kind == "event_msg":
+                self._event(payload, 0)
+            elif kind == "compacted":
+                self._compacted(payload, 0)
+            elif kind == "turn_context":
+                self._close()
+            elif kind == "inter_agent_communication":
+                self.talk.inexact("attachment")
+        self._close()
+        (self.notes, self.records), self.usage = mine, {}
 
     def _item(self, item: dict[str, Any], line: int, *, own: bool = True) -> str | None:
         if "type" not in item and isinstance(item.get("item"), dict):

@@ -61,6 +61,7 @@ def test_a_folder_is_one_command_that_accounts_for_every_file(tmp_path, run, fol
     assert code == 0
     assert "edge_cases.jsonl, line 10: malformed record" in output
     assert "SOURCES.md is of no known log format" in output and "empty.jsonl is empty" in output
+    assert "Formats that can be read" not in output  # in every line it would bury the names
     assert "belong to a log and are none: 1 sub agent description" in output
     cells = [[c.strip() for c in line.split("│")[1:-1]] for line in output.splitlines() if line.startswith("│")]
     rows = {row[0].split("/")[-1]: row[1:] for row in cells if row[1] == "claude_code"}

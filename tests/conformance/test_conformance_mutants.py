@@ -1,41 +1,29 @@
 """Defects planted in the shipped source, one at a time: the contract that names the defect must fail.
 
-Each mutant is one replacement in one file of a copy of the packages; the suite then runs on that copy in a process of
-its own. A replacement that no longer matches the source fails the test, so the list cannot rot.
+How: `composer_plugins.conformance.mutants`. Those of the verl adapter are in `tests/verl/test_verl_mutants.py`.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import shutil
-import subprocess
-import sys
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("trl")
 
-pytestmark = pytest.mark.slow  # two to four minutes; `make test-mutants`, which the gate runs too
+from composer_plugins.conformance.mutants import Mutant as AnyMutant
+from composer_plugins.conformance.mutants import copy_packages, outcomes, plant
+from composer_plugins.errors import ConfigError
+
+pytestmark = pytest.mark.slow  # minutes; `make test-mutants`, which the gate runs too
 
 ROOT = Path(__file__).parents[2]
 CORE, TRL, TORCHFT = "composer_plugins", "composer_trl", "composer_torchft"
 SUITES = {TRL: f"{TRL}/conformance.py::TestTRL", TORCHFT: f"{TORCHFT}/conformance.py::TestTorchFT"}
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """`old` in `file` becomes `new`; the contract `caught_by` of the package `of` has to fail."""
-
-    name: str
-    file: str
-    old: str
-    new: str
-    caught_by: str
-    of: str = TRL
+Mutant = partial(AnyMutant, suite=SUITES[TRL])
+Outer = partial(AnyMutant, suite=SUITES[TORCHFT])
 
 
 MUTANTS = [
@@ -140,81 +128,64 @@ MUTANTS = [
         "a silent channel stays silent", f"{CORE}/channels/silence.py", "        if active > 0:\n",
         "        if active >= 0:\n", "test_a_silent_channel_is_reported",
     ),
-    Mutant(
+    Outer(
         "the outer gradient has the other sign", f"{TORCHFT}/exchange.py", "lr=config.lr, momentum", "lr=config.lr, maximize=True, momentum",
-        "test_two_islands_follow_the_prediction", TORCHFT,
+        "test_two_islands_follow_the_prediction",
     ),
-    Mutant(
+    Outer(
         "an outer step without Nesterov", f"{TORCHFT}/exchange.py", "nesterov=config.nesterov", "nesterov=False",
-        "test_two_islands_follow_the_prediction", TORCHFT,
+        "test_two_islands_follow_the_prediction",
     ),
-    Mutant(
+    Outer(
         "the all-reduce is a no-op", f"{TORCHFT}/exchange.py", "    def _clear_local_parameters(self) -> None:",
         "    def _average_grads(self):\n"
         "        self._allreduce_work = [self._manager.allreduce(g.clone()) for g in self._grads.values()]\n\n"
         "    def _clear_local_parameters(self) -> None:",
-        "test_islands_are_equal_after_every_sync", TORCHFT,
+        "test_islands_are_equal_after_every_sync",
     ),
-    Mutant(
+    Outer(
         "half of the outer gradient", f"{TORCHFT}/exchange.py", "lr=config.lr, momentum", "lr=config.lr / 2, momentum",
-        "test_it_equals_float64_on_the_recorded_parameters[heavy ball]", TORCHFT,
+        "test_it_equals_float64_on_the_recorded_parameters[heavy ball]",
     ),
-    Mutant(
+    Outer(
         "unequal initial weights pass", f"{TORCHFT}/handshake.py", "    if len({c.values for c in newest}) > 1:\n", "    if False:\n",
-        "test_unequal_initial_parameters_are_refused", TORCHFT,
+        "test_unequal_initial_parameters_are_refused",
     ),
-    Mutant(
+    Outer(
         "outer momentum is not in the checkpoint", f"{TORCHFT}/exchange.py",
         '        self._outer_optimizer.load_state_dict(state["outer_optimizer"])\n', "",
-        "test_a_resumed_run_keeps_its_momentum", TORCHFT,
+        "test_a_resumed_run_keeps_its_momentum",
     ),
-    Mutant(
+    Outer(
         "an island's own steps get into the model", f"{TORCHFT}/loop.py",
-        "            fragment.cancel()\n            fragment.restore_parameters()\n", "            fragment.cancel()\n",
-        "test_what_is_exported_is_the_global_model", TORCHFT,
+        "        lost = self._local_step\n        for fragment in self.fragments:\n            fragment.cancel()\n"
+        "            fragment.restore_parameters()\n",
+        "        lost = self._local_step\n        for fragment in self.fragments:\n            fragment.cancel()\n",
+        "test_what_is_exported_is_the_global_model",
     ),
 ]  # fmt: skip
 
 
-def source_of(file: str) -> Path:
-    folder = ROOT if file.startswith(CORE) else ROOT / "adapters"
-    return folder / file
-
-
-def conformance(folder: Path, contract: str, of: str = TRL) -> dict[str, str]:
-    """Run one contract on the packages in `folder`; return outcome by test name."""
-    report = folder / "report.json"
-    (folder / "pytest.ini").write_text("[pytest]\n")
-    name = contract.split("[")[0]
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "pytest", "-q", "-c", str(folder / "pytest.ini"), "--rootdir", str(folder),
-            "-p", "composer_plugins.conformance.plugin", "-p", "no:cacheprovider", "--import-mode=importlib",
-            "--conformance-json", str(report), f"{folder / SUITES[of]}::{name}",
-        ],
-        env={**os.environ, "PYTHONPATH": str(folder), "PYTEST_ADDOPTS": "", "OMP_NUM_THREADS": "1"},
-        cwd=folder, capture_output=True, text=True, timeout=300,  # `-m` puts the working directory first
-    )  # fmt: skip
-    assert report.exists(), done.stdout + done.stderr
-    results = json.loads(report.read_text())["results"]
-    return {r["contract"] + (f"[{r['parameters']}]" if r["parameters"] else ""): r["outcome"] for r in results}
+def packages(suite: str) -> list[Path]:
+    return [ROOT / CORE, ROOT / "adapters" / suite.split("/")[0]]
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
 def test_a_planted_defect_is_caught_by_the_contract_that_names_it(mutant, tmp_path):
-    if mutant.of == TORCHFT and importlib.util.find_spec("torchft") is None:
+    if mutant.suite == SUITES[TORCHFT] and importlib.util.find_spec("torchft") is None:
         pytest.skip("torchft is not installed: make test-torchft sets it up")
-    for package in (ROOT / CORE, ROOT / "adapters" / mutant.of):
-        shutil.copytree(package, tmp_path / package.name, ignore=shutil.ignore_patterns("__pycache__"))
-    patched = tmp_path / mutant.file
-    text = source_of(mutant.file).read_text()
-    assert text.count(mutant.old) == 1, f"{mutant.file} no longer has exactly one {mutant.old!r}: rewrite the mutant"
-    patched.write_text(text.replace(mutant.old, mutant.new))
-    outcomes = conformance(tmp_path, mutant.caught_by, mutant.of)
-    assert outcomes[mutant.caught_by] == "failed", outcomes
+    copy_packages(packages(mutant.suite), tmp_path)
+    plant(mutant, tmp_path)
+    found = outcomes(tmp_path, mutant.suite, mutant.caught_by)
+    assert found[mutant.caught_by] == "failed", found
 
 
 def test_the_unchanged_source_passes_the_same_way(tmp_path):
-    for package in (ROOT / CORE, ROOT / "adapters" / TRL):
-        shutil.copytree(package, tmp_path / package.name, ignore=shutil.ignore_patterns("__pycache__"))
-    assert set(conformance(tmp_path, "test_channels_add").values()) == {"passed"}
+    copy_packages(packages(SUITES[TRL]), tmp_path)
+    assert set(outcomes(tmp_path, SUITES[TRL], "test_channels_add").values()) == {"passed"}
+
+
+def test_a_mutant_that_no_longer_matches_is_an_error(tmp_path):
+    copy_packages(packages(SUITES[TRL])[1:], tmp_path)
+    with pytest.raises(ConfigError, match="0 times and not exactly once: rewrite the mutant 'old news'"):
+        plant(Mutant("old news", f"{TRL}/trainer.py", "no such line", "x", "test_channels_add"), tmp_path)

@@ -101,3 +101,18 @@ def test_problems_are_what_they_say():
     assert len(set(ids)) == len(ids) and max(ids) < len(problem.table)
     assert hinted_tokens(problem) and any(not all(row.sampled) for row in problem.rows)
     assert math.isnan(problem.with_garbage(math.nan).rows[0].old_logprobs[2])
+
+
+def test_the_outer_step_of_constant_moves_has_a_closed_form():
+    """g is the same every round, so b_n = g (1 - mu^n) / (1 - mu); theta falls by lr (g + mu b_n)."""
+    moves, lr, momentum, theta = np.array([0.4, 0.8]), 0.7, 0.9, np.ones(1)
+    g, local, wanted = 0.6, [], []
+    for n in range(1, 6):
+        local.append(theta - moves[:, None])
+        theta = theta - lr * (g + momentum * g * (1 - momentum**n) / (1 - momentum))
+        wanted.append(theta)
+    found = oracle.outer(np.array(local), np.ones(1), lr=lr, momentum=momentum)
+    assert found == pytest.approx(np.array(wanted), rel=1e-12)
+    assert found[:3, 0] == pytest.approx([0.202, -0.9362, -2.38058], abs=1e-12)
+    plain = oracle.outer(np.array([[[0.0], [1.0]]]), np.array([5.0]), lr=1.0, momentum=0.0, nesterov=False)
+    assert plain[0, 0] == 0.5  # the mean of the islands

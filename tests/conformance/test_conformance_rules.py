@@ -87,11 +87,42 @@ def test_a_deviation_that_holds_after_all_fails(tmp_path):
         ("__test__ = False", "", "__test__"),
         ('deviations = {"test_nothing": "x"}', "", "no contract"),
         ('deviations = {"test_holds": ""}', "", "no reason"),
+        ('capabilities = {"wings"}; reasons = {"wings": "none"}', "", "take one out"),
     ],
 )
 def test_a_contract_cannot_be_taken_out(tmp_path, body, after, message):
     done, report = run(tmp_path, body, after)
     assert done.returncode == 2 and message in done.stdout and report is None
+
+
+def test_why_something_is_not_offered_is_said(tmp_path):
+    done, report = run(tmp_path, 'reasons = {"wings": "it is a fish"}; deviations = {"test_counts[2]": "x"}')
+    reasons = {r["contract"]: r["reason"] for r in report["results"]}
+    assert reasons["test_flies"] == "wings (it is a fish)" and "it is a fish" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["diloco", "torchft"])
+def test_an_outer_loop_is_named_by_its_kind_or_its_plugin(name):
+    from composer_plugins.conformance.runner import resolve_target
+
+    assert resolve_target(name).endswith("composer_torchft/conformance.py")
+
+
+def test_an_outer_loop_without_a_suite_is_a_clear_error(monkeypatch):
+    from composer_plugins.conformance.runner import resolve_target
+    from composer_plugins.errors import PluginError
+    from composer_plugins.plugins import get_plugin_manager
+    from composer_plugins.plugins.registry import Entry
+
+    def attach():
+        """Registered as an object, in a module beside which there is no suite."""
+
+    monkeypatch.setitem(
+        get_plugin_manager().outer_loops._entries, "bare", (Entry("bare", "no suite", attach), "acme:loops")
+    )
+    for name in ("bare", "loops"):
+        with pytest.raises(PluginError, match="'bare' has no conformance suite"):
+            resolve_target(name)
 
 
 def test_a_suite_in_which_nothing_is_offered_is_not_conformant(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -89,14 +90,22 @@ def test_it_is_conformant(site, tmp_path):
     assert set(json.loads(report.read_text())["suites"]) == {"TestDrift", "TestReader", "TestRules"}
 
 
-def test_the_pipeline_reads_its_logs_and_uses_its_hints(site, tmp_path):
+def documented() -> list[list[list[str]]]:
+    """The `composer-rl` commands of the README, block by block."""
+    text = (PACKAGE / "README.md").read_text()
+    blocks = [block.split("```")[0] for block in text.split("```\n")[1::2]]
+    commands = [[shlex.split(line, comments=True) for line in block.splitlines()] for block in blocks]
+    return [[command[1:] for command in block if command[0] == "composer-rl"] for block in commands]
+
+
+def test_the_readmes_commands_run_as_they_are(site, tmp_path):
     shutil.copy(PACKAGE / "session.txt", tmp_path)
-    for command in (
-        ("ingest", "session.txt", "-o", "traces.jsonl"),
-        ("hints", "traces.jsonl", "-o", "states.jsonl", "--generator", "acme_rules"),
-    ):
-        done = composer_rl(*command, site=site, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+    commands = documented()[0]
+    assert [command[0] for command in commands] == ["plugins", "conformance", "ingest", "hints"]
+    for command in commands:
+        if command != ["conformance", "test_acme.py"]:  # the test above
+            done = composer_rl(*command, site=site, cwd=tmp_path)
+            assert done.returncode == 0, done.stderr
     hints = [json.loads(line).get("hint") for line in (tmp_path / "states.jsonl").read_text().splitlines()]
     assert [h["generator"] for h in hints if h] == ["acme_rules"]
 
@@ -121,3 +130,18 @@ def test_a_real_trainer_trains_with_its_channel(site, tmp_path):
     metrics = json.loads(done.stdout.split("METRICS ")[1])
     # the second of two updates on the same rollouts: the policy has moved away from the one that sampled
     assert metrics["acme_drift/tokens"] > 0 and metrics["acme_drift/nats"] > 0 and metrics["acme_drift/loss"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_the_readmes_training_run(site, tmp_path):
+    """Two optimizer steps of SmolLM2 through the recipe, with the channel on (3 minutes on 2 cores)."""
+    pytest.importorskip("trl")
+    for name in ("composer_plugins", "examples"):
+        (tmp_path / name).symlink_to(PACKAGE.parents[1] / name)
+    for command in documented()[1]:
+        done = composer_rl(*command, site=site, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+    metrics = [json.loads(line) for line in (tmp_path / "runs/acme/metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in metrics if "acme_drift/loss" in record]
+    assert len(steps) == 2 and all(record["acme_drift/tokens"] >= 0 for record in steps)

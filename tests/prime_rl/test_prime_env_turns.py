@@ -78,6 +78,24 @@ def test_a_teacher_that_is_certain_is_not_taken_for_none(server, finder, trace, 
     assert set(trace.nodes[1].reference_logprobs) == {CERTAIN} and CERTAIN < 0
 
 
+def test_active_tokens_are_those_that_the_hint_moved(server, finder, trace, monkeypatch):  # noqa: F811
+    """A teacher that agrees with the policy but for one token, which it likes less by 0.5 nats."""
+    node, ask = trace.nodes[1], server.prompt_logprobs
+    taught = [node.logprobs[0] - 0.5, *node.logprobs[1:]]
+
+    def agreeing(ids):
+        answer = ask(ids)
+        answer["prompt_logprobs"][-len(taught) :] = [
+            {str(token): {"logprob": value}} for token, value in zip(ids[-len(taught) :], taught, strict=True)
+        ]
+        return answer
+
+    monkeypatch.setattr(server, "prompt_logprobs", agreeing)
+    stamp(server, finder, trace)
+    assert trace.metrics["sdpo/tokens"] == len(taught) and trace.metrics["sdpo/active_tokens"] == 1
+    assert trace.metrics["sdpo/divergence"] == pytest.approx(0.5 / len(taught))
+
+
 def test_weights_that_the_environment_gave_stay(server, finder, trace):  # noqa: F811
     node = trace.nodes[1]
     node.loss_weights = {"ce": [0.25] * len(node.mask), "ref_kl": [9.0] * len(node.mask)}
@@ -88,7 +106,7 @@ def test_weights_that_the_environment_gave_stay(server, finder, trace):  # noqa:
 
 def test_what_a_recorded_workspace_cannot_answer_is_no_error(server, tokenizer_dir):  # noqa: F811
     server.script.extend([CALL, "Done."])
-    task = {"prompt": "x", "results": [f"{NOT_RECORDED} cat a.txt"]}
+    task = {"prompt": "x", "results": [f"Error executing tool bash: {NOT_RECORDED} cat a.txt"]}
     found = one_trace(server, tokenizer_dir, toy_env([task]))
     assert found.metrics["sdpo/tool_results"] == 1 and found.metrics["sdpo/error_turns"] == 0 and not stamped(found)
 

@@ -43,7 +43,13 @@ def main() -> None:
         timeouts={"quorum": 90, "allreduce": 10, "connect": 20},
     )  # fmt: skip
     before: dict = {}
-    optimizer.register_step_post_hook(lambda *_: before.update(theta=local(parameters)))
+
+    def just_before_a_sync(*_):
+        if settings.get("nan_at") == loop.manager.current_step() and loop._local_step == 2 and rank == 1:
+            parameters[0].detach().to_local()[0, 0] = float("nan")  # on one process of the island
+        before.update(theta=local(parameters))
+
+    optimizer.register_step_post_hook(just_before_a_sync)
     start = local(parameters)
     loop = attach(optimizer, net.named_parameters(), config)
     assert loop.sharded
@@ -77,7 +83,7 @@ def main() -> None:
     loop.finish()
     np.savez(
         folder / f"{name}-{rank}.npz", local=np.array(locals_), globals=np.array(globals_), steps=np.array(steps),
-        end=local(parameters), **found,
+        end=local(parameters), lost=np.array([r.discarded_inner_steps for r in loop.log.rounds]), **found,
     )  # fmt: skip
 
 

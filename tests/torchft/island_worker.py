@@ -147,6 +147,7 @@ def wait_for_all() -> None:
 
 
 def main() -> None:
+    write("start")
     wait_for_all()
     net = model()
     optimizer = torch.optim.AdamW(net.parameters(), lr=settings.get("lr", 0.01))

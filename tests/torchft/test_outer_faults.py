@@ -217,9 +217,10 @@ def test_a_restarted_island_waits_for_one_that_has_the_state(lighthouse, islands
     os.kill(stays.process.pid, signal.SIGSTOP)
     dies.stop()
     again = islands(address, 1, **settings)
-    seen = len(again.events())
+    seen = len(again.events("round"))
     time.sleep(HEARTBEAT + 7)  # the silence after which the other counts as dead, and the join timeout
-    assert len(again.events()) == seen and again.process.poll() is None
+    assert len(again.events("round")) == seen and len(again.events("attached")) == 1
+    assert len(again.events("start")) == 2 and again.process.poll() is None  # it is there, and waits
     os.kill(stays.process.pid, signal.SIGCONT)
     wait_until(lambda: len(again.events("attached")) == 2, stays, again)
     assert again.events("attached")[1].step >= 3

@@ -59,9 +59,10 @@ def started():
 
 
 def test_sharded_islands_equal_the_reference(lighthouse, tmp_path, started):
-    (tmp_path / "rounds").write_text("8")
+    """In the sixth round one process of the second island has NaN: both of its processes give the round up."""
+    (tmp_path / "rounds").write_text("9")
     address = lighthouse(2).address
-    islands = [island(tmp_path, address, i, name=f"i{i}") for i in range(2)]
+    islands = [island(tmp_path, address, i, name=f"i{i}", **({"nan_at": 5} if i else {})) for i in range(2)]
     started.extend(islands[0] + islands[1])
     for i, processes in enumerate(islands):
         wait(tmp_path, f"i{i}", processes)
@@ -70,9 +71,12 @@ def test_sharded_islands_equal_the_reference(lighthouse, tmp_path, started):
         a, b = first[rank], second[rank]
         assert not np.array_equal(a["local"], b["local"])
         np.testing.assert_array_equal(a["globals"], b["globals"])
+        assert [np.isnan(rows).any() for rows in b["local"]] == [rank == 1 and n == 5 for n in range(9)]
+        b["local"][5] = b["globals"][4]
         expected = reference(np.stack([a["local"], b["local"]], axis=1), a["start"])
-        assert len(expected) == 8 and np.abs(a["globals"] - expected).max() <= 1e-6
+        assert len(expected) == 9 and np.abs(a["globals"] - expected).max() <= 1e-6
         np.testing.assert_array_equal(a["end"], a["globals"][-1])
+        assert a["lost"].tolist() == [0] * 9 and b["lost"].tolist() == [0] * 5 + [3] + [0] * 3
     assert first[0]["start"].shape != first[1]["start"].shape  # the parts are uneven
 
 

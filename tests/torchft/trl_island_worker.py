@@ -129,6 +129,7 @@ def main() -> None:
             while not (FOLDER / "waiting").exists():
                 time.sleep(0.02)
             (FOLDER / "late").touch()
+        frozen = values_hash(p for p in trainer.model.parameters() if not p.requires_grad)
         resume = run.get("resume")
         trainer.train(resume_from_checkpoint=str(FOLDER / resume.replace("INDEX", str(INDEX))) if resume else None)
         model = trainer.accelerator.unwrap_model(trainer.model)
@@ -139,7 +140,7 @@ def main() -> None:
         found["end"] = flat(model)
         found["logged"] = [e["outer/step"] for e in trainer.state.log_history if "outer/step" in e]
         found["bytes"] = [r.bytes for r in recorder.outer.loop.log.rounds]
-        found["frozen"] = values_hash(p for p in model.parameters() if not p.requires_grad)
+        found["frozen"] = [frozen, values_hash(p for p in model.parameters() if not p.requires_grad)]
         found["values"] = sum(p.numel() for p in model.parameters())
         found["attach"] = [r.outer_step for r in recorder.outer.loop.log.rounds if r.attach]
         torch.save(found, FOLDER / f"{run['name']}-{INDEX}.pt")

@@ -184,6 +184,17 @@ def test_what_the_program_prints_is_a_log_too(tmp_path, read_log):
     assert (ledger["used"], ledger.skipped()) == (8, {"result": 1, "system": 1})
 
 
+def test_a_logged_record_that_says_the_session_in_both_ways_is_a_logged_one(tmp_path, read_log):
+    log = Log()
+    log.user("task", session_id="s1", parent_tool_use_id=None)
+    log.assistant(text("a"), id="m1", session_id="s1")
+    log.user("a new root", parent=None, session_id="s1", parent_tool_use_id="x")
+    log.assistant(text("b"), id="m2", session_id="s1")
+    (trace,), _ = read_log(log.write(tmp_path / "x.jsonl"))
+    assert [s.inexact for s in trace.steps] == [["system_prompt"], ["system_prompt", "unlinked"]]
+    assert [m.content for m in trace.messages] == ["task", "a", "a new root", "b"]
+
+
 def test_many_answers_to_one_prompt_are_no_hang(tmp_path, read_log):
     log = Log()
     root = log.user("task")

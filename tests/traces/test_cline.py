@@ -168,7 +168,8 @@ def test_environment_details_are_split_off_the_end_only():
 
 
 #: `context_history.json`: message 3 was shown with a note in the place of a file's older contents from then on.
-EDITS = [[0, [0, []]], [3, [2, [[0, [[1750000000000, "text", ["[DUPLICATE FILE READ] ..."], [[]]]]]]]]]
+_NOTE = [[0, [[1750000000000, "text", ["[DUPLICATE FILE READ] ..."], [[]]]]]]
+EDITS = [[0, [0, []]], [3, [2, _NOTE]], [5, [2, _NOTE]]]
 
 
 def test_messages_that_the_extension_changed_later_are_not_called_exact(tmp_path):

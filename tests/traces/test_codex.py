@@ -177,13 +177,74 @@ def test_a_script_that_failed_is_an_error_and_its_header_is_shown_to_the_model(t
     assert trace.messages[-1].content.startswith("Script failed\nWall time 0.1 seconds\nOutput:\n")
 
 
-def test_a_fork_that_begins_where_another_file_ends_says_so(tmp_path):
+def rollout(folder, name, rows, base=None):
+    """Write a rollout as a paginated thread is: with ordinals, and a header that may name what comes before."""
+    header = META["payload"] | {"id": name, "history_mode": "paginated"} | ({"history_base": base} if base else {})
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"rollout-2026-09-11T08-00-00-{name}.jsonl"
+    lines = [json.dumps(row | {"ordinal": place}) for place, row in enumerate([META | {"payload": header}, *rows])]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def upto(path, lines, **more):
+    """How a fork names the first `lines` of another rollout."""
+    name = path.stem.removeprefix("rollout-2026-09-11T08-00-00-")
+    size = sum(len(line) for line in path.read_bytes().splitlines(keepends=True)[:lines])
+    return {"thread_id": name, "end_ordinal_exclusive": lines, "end_byte_offset": size} | more
+
+
+@pytest.mark.parametrize("by_ordinal", [False, True])
+def test_what_stands_before_a_fork_is_read_from_the_rollouts_that_it_names(tmp_path, by_ordinal):
     """Since version 0.154 a fork repeats nothing of its origin: `history_base` names the file and the place."""
-    base = {"thread_id": "origin", "end_ordinal_exclusive": 4, "end_byte_offset": 900}
-    meta = META | {"payload": META["payload"] | {"id": "fork", "forked_from_id": "origin", "history_base": base}}
-    (trace,), _ = read_rows(tmp_path, meta, said("user", "go on"), said("assistant", "yes"))
+    more = {"end_byte_offset": None} if by_ordinal else {}
+    day = tmp_path / "2026" / "09"
+    first = [said("user", "go"), call("c1"), output("c1", "one"), event("token_count"), said("assistant", "not taken")]
+    origin = rollout(day / "10", "aaaa-1", first)
+    fork = rollout(
+        day / "11",
+        "bbbb-2",
+        [said("user", "again"), said("assistant", "b"), said("user", "no")],
+        upto(origin, 5, **more),
+    )
+    last = rollout(day / "11", "cccc-3", [said("user", "more"), said("assistant", "c")], upto(fork, 3, **more))
+    (trace,), ledger = agent_logs.read(READER, last)
+    assert [m.content or m.tool_calls[0].id for m in trace.messages] == [
+        "Be brief.", "go", "c1", "one", "again", "b", "more", "c",
+    ]  # fmt: skip
+    assert [(s.source_ref.line, s.inexact) for s in trace.steps] == [(3, [])]
+    assert (ledger["read"], ledger["used"]) == (3, 3)
+    assert (trace.id, trace.extra["continues"]) == ("cccc-3", "bbbb-2")
+
+
+def test_damage_before_a_fork_spoils_its_history_and_not_the_fork(tmp_path):
+    origin = rollout(tmp_path, "aaaa-1", [said("user", "go"), item(type=7), said("assistant", "a")])
+    fork = rollout(tmp_path, "bbbb-2", [said("user", "again"), said("assistant", "b")], upto(origin, 4))
+    (trace,), ledger = agent_logs.read(READER, fork)
+    assert [s.inexact for s in trace.steps] == [["damaged_line"]]
+    assert (ledger.problems, trace.extra.get("problems")) == ([], None)
+
+
+def test_a_rollback_in_a_fork_can_take_back_what_stands_before_it(tmp_path):
+    origin = rollout(
+        tmp_path, "aaaa-1", [said("user", "go"), said("assistant", "a"), said("user", "x"), said("assistant", "y")]
+    )
+    rows = [event("thread_rolled_back", num_turns=1), said("user", "again"), said("assistant", "b")]
+    (trace,), ledger = agent_logs.read(READER, rollout(tmp_path, "bbbb-2", rows, upto(origin, 5)))
+    assert [m.content for m in trace.messages] == ["Be brief.", "go", "a", "again", "b"]
+    assert ledger.balanced() and ledger["used"] == 4
+
+
+@pytest.mark.parametrize("case", ["missing", "twice", "itself", "odd name"])
+def test_a_fork_whose_origin_is_not_there_says_so(tmp_path, case):
+    names = {"missing": "gone", "twice": "aaaa-1", "itself": "bbbb-2", "odd name": "../*"}
+    rows = [said("user", "go"), said("assistant", "a")]
+    rollout(tmp_path / "2026" / "09" / "10", "aaaa-1", rows)
+    rollout(tmp_path / "2026" / "09" / "12", "aaaa-1", rows)
+    base = {"thread_id": names[case], "end_ordinal_exclusive": 4, "end_byte_offset": 900}
+    (trace,), _ = agent_logs.read(READER, rollout(tmp_path / "2026" / "09" / "11", "bbbb-2", rows, base))
     assert [s.inexact for s in trace.steps] == [["unlinked"]]
-    assert (trace.extra["forked_from"], trace.extra["continues"]) == ("origin", "origin")
+    assert [m.content for m in trace.messages] == ["Be brief.", "go", "a"]
 
 
 def test_a_usage_record_ends_an_inference(tmp_path):

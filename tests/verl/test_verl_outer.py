@@ -1,7 +1,7 @@
 """The outer loop inside verl's real workers: two islands of FSDP2 processes on a CPU, without Ray.
 
 OMP_NUM_THREADS=1 python -m pytest tests/verl/test_verl_outer.py              # workers in plain processes
-OMP_NUM_THREADS=1 python -m pytest -m slow tests/verl/test_verl_outer.py      # two main_ppo with Ray, 4 minutes
+OMP_NUM_THREADS=1 python -m pytest -m slow tests/verl/test_verl_outer.py      # two main_ppo with Ray, and LoRA: 5 minutes
 """
 
 import contextlib
@@ -281,6 +281,31 @@ def test_a_broken_environment_variable_stops_the_run_and_not_only_the_plugin(sta
     name = run.start(0, steps=2, outer="{sync_evry: 4}", more=("composer.outer.sync_every=0",))
     run.wait(name, code=1)
     assert "COMPOSER_OUTER" in run.output(name) and "sync_evry" in run.output(name)
+
+
+@pytest.mark.slow
+def test_of_a_lora_only_the_adapter_travels(start):
+    """verl draws a fresh adapter unseeded, so islands that set `lora_rank` differ; one that all load does not."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    run = start(4)
+    path = next(o.partition("=")[2] for o in run.overrides if o.startswith("actor_rollout_ref.model.path="))
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(path), lora)
+    model.save_pretrained(run.folder / "adapter")
+    size = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    more = (
+        f"actor_rollout_ref.model.lora_adapter_path={run.folder / 'adapter'}",
+        "actor_rollout_ref.actor.optim.lr=1e-2",
+    )
+    names = [run.start(i, steps=4, more=more) for i in range(2)]
+    (first,), (second,) = (run.wait(name) for name in names)
+    assert len(first["start"]) == size and first["metrics"]["outer/bytes"] == 4.0 * size  # fp32
+    for (before_a, after_a), (before_b, after_b) in zip(first["hashes"], second["hashes"], strict=True):
+        assert before_a != before_b and after_a == after_b
+    expected = reference(torch.stack([first["local"], second["local"]], dim=1).numpy(), first["start"].numpy())
+    assert abs(first["global"].numpy() - expected).max() <= 1e-6
 
 
 @pytest.mark.slow
