@@ -39,6 +39,15 @@ PROVENANCE = {
 }
 
 
+def _origin(channel: str) -> str:
+    """Where a channel comes from: a publication, us, or a plugin."""
+    if channel in PROVENANCE:
+        return PROVENANCE[channel]
+    channels = get_plugin_manager().channels
+    plugin = channels.provenance(channel)
+    return f"A channel of the plugin {plugin}, neither Cursor's nor ours: {channels.get(channel).summary}."
+
+
 def run(recipe: Recipe, *, command: str) -> Path:
     """Train a recipe and return its run folder.
 
@@ -98,7 +107,7 @@ def run(recipe: Recipe, *, command: str) -> Path:
         model=info,
         sized_down=recipe.sized_down,
         stages=[StageCount.of(read_manifest(p)) for p in _stage_files(recipe)],
-        provenance={c: PROVENANCE[c] for c in trainer.monitor.channels} if hasattr(trainer, "monitor") else {},
+        provenance={c: _origin(c) for c in trainer.monitor.channels} if hasattr(trainer, "monitor") else {},
         checks=self_checks(recipe, trainer.state.log_history),
         warnings=_our_warnings(caught),
         command=command,

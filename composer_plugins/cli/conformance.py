@@ -11,7 +11,9 @@ import typer
 
 
 def conformance(
-    target: Annotated[str, typer.Argument(help="A host or outer loop (`composer-rl plugins`), a module or a test file.")],
+    target: Annotated[
+        str, typer.Argument(help="A host or outer loop (`composer-rl plugins`), a module or a test file.")
+    ],
     report: Annotated[Path | None, typer.Option(help="Write the outcomes: out.json or out.html.")] = None,
     select: Annotated[
         str | None, typer.Option("--select", "-k", help="Only contracts that match (pytest's -k).")
