@@ -186,8 +186,12 @@ def replayed(server, tokenizer_dir, trace, monkeypatch, **ctx):  # noqa: F811
 
 def test_evaluation_rollouts_are_left_alone(server, tokenizer_dir, trace, monkeypatch):  # noqa: F811
     client = vf.EvalClientConfig(base_url=server.base_url, api_key_var="UNSET_KEY")
+    played_by = trace.agent.config
+    trace.agent.config = played_by.model_copy(update={"client": client})
     replayed(server, tokenizer_dir, trace, monkeypatch, client=client)
     assert not stamped(trace) and scoring_requests(server) == []
+    assert not any(name.startswith("sdpo/") for name in trace.metrics)  # not even a failure to stamp
+    trace.agent.config = played_by
     replayed(server, tokenizer_dir, trace, monkeypatch)
     assert stamped(trace) == [1]
 
