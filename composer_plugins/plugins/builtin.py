@@ -31,7 +31,13 @@ def register_trace_readers(register) -> None:
     traces = "composer_plugins.traces"
     register(Entry("swe_agent", "SWE-agent .traj document, 0.x and 1.x", f"{traces}.swe_agent:READER"))
     register(Entry("mini_swe_agent", "mini-swe-agent trajectory, v1 and v2", f"{traces}.mini_swe_agent:READER"))
-    register(Entry("openhands", "OpenHands output.jsonl, event streams and conversation folders, V0 and V1", f"{traces}.openhands:READER"))
+    register(
+        Entry(
+            "openhands",
+            "OpenHands output.jsonl, event streams and conversation folders, V0 and V1",
+            f"{traces}.openhands:READER",
+        )
+    )
     register(Entry("verifiers", "rollouts saved by verifiers and prime-rl", f"{traces}.verifiers_rollouts:READER"))
     register(Entry("verl", "generation dumps of verl's trainers", f"{traces}.verl_rollouts:READER"))
     register(Entry("trl", "TRL conversational datasets, JSONL or JSON", f"{traces}.trl_dataset:READER"))
