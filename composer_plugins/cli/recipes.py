@@ -76,21 +76,20 @@ def _summary(file: Path) -> str:
 def _copy(root: Path, files: list[Path], output: Path) -> None:
     from composer_plugins.errors import ConfigError
 
-    differ = [
-        output / f
-        for f in files
-        if (output / f).exists()
-        and not ((output / f).is_file() and (output / f).read_bytes() == (root / f).read_bytes())
-    ]
-    if differ:
-        raise ConfigError(
-            f"{len(differ)} of your files differ from the recipes that would be written over them, so nothing was copied: "
-            f"{', '.join(map(str, differ))}. Name another folder with -o, or move them"
-        )
     try:
+        differ = [output / f for f in files if (output / f).exists() and not _same(output / f, root / f)]
+        if differ:
+            raise ConfigError(
+                f"{len(differ)} of your files differ from the recipes that would be written over them, so nothing was "
+                f"copied: {', '.join(map(str, differ))}. Name another folder with -o, or move them"
+            )
         for file in files:
             (output / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(root / file, output / file)
     except OSError as error:
         raise ConfigError(f"cannot write recipes to {output}: {error.strerror or error}") from None
     typer.echo(f"{len(files)} recipes copied to {output}")
+
+
+def _same(mine: Path, recipe: Path) -> bool:
+    return mine.is_file() and mine.read_bytes() == recipe.read_bytes()

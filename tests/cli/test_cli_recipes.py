@@ -54,8 +54,9 @@ def test_a_changed_copy_is_never_overwritten(tmp_path):
 def test_unknown_host_and_unwritable_folder(tmp_path):
     assert "expected one of prime_rl, trl, verl" in str(run("nemo").exception)
     (tmp_path / "file").touch()
-    result = run("-o", tmp_path / "file" / "x")
-    assert isinstance(result.exception, ConfigError) and "cannot write recipes" in str(result.exception)
+    for folder in (tmp_path / "file" / "x", tmp_path / ("x" * 300)):
+        result = run("-o", folder)
+        assert isinstance(result.exception, ConfigError) and "cannot write recipes" in str(result.exception)
 
 
 def test_a_wheel_holds_the_recipes(tmp_path):
