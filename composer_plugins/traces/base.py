@@ -19,7 +19,8 @@ class TraceReader(Protocol):
     is no log but belongs to one, such as the description of a sub-agent. It is then counted and not called unknown.
 
     For logs of several files it may have `part_of(path: Path) -> Path | None`: the one of them through which all are
-    read; None for a log of one file. `read` is then called with that file only, and reads the others.
+    read; None for a log of one file. `read` is then called with that file only, and reads the others. It is asked of
+    every file, before `sniff`, so it must be quick, and true of exactly those files that `read` reads.
     """
 
     name: str

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from composer_plugins.traces.beside import read_beside
 from composer_plugins.traces.claude_code_build import Builder, conversation_name
 from composer_plugins.traces.claude_code_compaction import kept_uuids
 from composer_plugins.traces.claude_code_fates import Fates
@@ -202,12 +203,18 @@ class _Scan:
         return self._assemble(conversation, builder) if builder.steps else None
 
     def _lost_of(self, conversation: Conversation) -> list[int]:
-        """Lost lines between the records of a conversation that may have been its own."""
+        """Lost lines between the records of a conversation, or of the past that it resumes, that may have been its own."""
         if not self.lost:
             return []
-        first, last = conversation.nodes[0].line, conversation.nodes[-1].line
-        between = self.lost[bisect_right(self.lost, first, key=lambda lost: lost.line) :]
-        return [lost.line for lost in between if lost.line < last and lost.session in (None, conversation.session_id)]
+        lost = self._lost_between(conversation.nodes, {conversation.session_id})
+        if conversation.prefix:
+            lost += self._lost_between(conversation.prefix, {node.key[0] for node in conversation.prefix})
+        return sorted(set(lost))
+
+    def _lost_between(self, nodes: list[Node], sessions: set[str]) -> list[int]:
+        first, last = nodes[0].line, nodes[-1].line
+        later = self.lost[bisect_right(self.lost, first, key=lambda lost: lost.line) :]
+        return [lost.line for lost in later if lost.line < last and (lost.session is None or lost.session in sessions)]
 
     def _assemble(self, conversation: Conversation, builder: Builder) -> Trace:
         first = conversation.nodes[0].record
@@ -248,11 +255,7 @@ class _Scan:
         """What `agent-<id>.meta.json` beside a sub-agent's own file says about it."""
         if conversation.agent_id is None or self.path.stem != f"agent-{conversation.agent_id}":
             return None
-        try:
-            with self.path.with_suffix(".meta.json").open("rb") as file:
-                head = file.read(8193)
-        except OSError:
-            return None
+        head = read_beside(self.path.with_suffix(".meta.json"), 8192) or b""
         return json.loads(head) if looks_like_agent_meta(head) else None
 
     def settle(self, counts: Counter) -> None:

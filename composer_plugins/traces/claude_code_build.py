@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
+from operator import itemgetter
 from typing import Any
 
 import msgspec
@@ -53,12 +54,15 @@ class Builder:
     Args:
         source: file name for `SourceRef`.
         damaged: sorted numbers of lines that were lost; steps after one have an inexact history.
-        kept: uuids of the records that a compaction keeps: they are shown again after its summary.
+        kept_by: uuids of the records that a compaction keeps, by the `order` of its boundary (`kept_uuids`): they are
+            shown again after its summary.
     """
 
-    def __init__(self, source: str, damaged: list[int], kept: frozenset[str] = frozenset()) -> None:
-        self.source, self.damaged, self.kept = source, damaged, kept
-        self.shown_again: list[Inference | UserText] = []
+    def __init__(self, source: str, damaged: list[int], kept_by: dict[int, list[str]] | None = None) -> None:
+        self.source, self.damaged, self.kept_by = source, damaged, kept_by or {}
+        self.kept = frozenset().union(*self.kept_by.values())
+        self.found: dict[str, tuple[int, Inference | UserText]] = {}  # what is kept by some compaction, and its rank
+        self.to_show: list[str] = []  # what stands again after the next summary
         self.items: list[Inference | UserText] = []
         self.by_message: dict[str, Inference] = {}
         self.by_call: dict[str, Inference] = {}
@@ -76,6 +80,7 @@ class Builder:
         """Take one record; return why it led to nothing, or None when it was used."""
         if node.kind == "compact":
             self._compact()
+            self.to_show = self.kept_by.get(node.order, [])
             return None
         if node.kind == "micro":
             self.cleared += len(cleared_ids(node.record))
@@ -88,12 +93,16 @@ class Builder:
         reason = self._assistant(node, own) if node.kind == "assistant" else self._user(node.record, node.line)
         if self.kept and node.record.uuid in self.kept:
             item = self.by_message.get(_message_key(node)) if node.kind == "assistant" else None
-            self._keep(item or (self.items[-1] if len(self.items) > count else None))
+            item = item or (self.items[count] if len(self.items) > count else None)
+            if item is not None:
+                self.found[node.record.uuid] = (len(self.found), item)
         return reason
 
-    def _keep(self, item: Inference | UserText | None) -> None:
-        if item is not None and not any(known is item for known in self.shown_again):
-            self.shown_again.append(item)
+    def _show_again(self) -> None:
+        """Lay out what the compaction kept: once each, in the order of the records, and no steps of their own."""
+        places = sorted((self.found[uuid] for uuid in self.to_show if uuid in self.found), key=itemgetter(0))
+        again, self.to_show = {id(item): item for _, item in places}.values(), []
+        self.items += [i if isinstance(i, UserText) else msgspec.structs.replace(i, own=False) for i in again]
 
     def _unlinked(self, node: Node, own: bool) -> bool:
         """True when what stood before a record in the model's context is not what stands before it here."""
@@ -183,8 +192,7 @@ class Builder:
             self._interrupt(content, line)
         self.items.append(UserText(content, kind))
         if kind == "compact_summary":
-            again, self.shown_again = self.shown_again, []
-            self.items += [i if isinstance(i, UserText) else msgspec.structs.replace(i, own=False) for i in again]
+            self._show_again()
         return None
 
     def _result(self, block: Block, line: int) -> bool:

@@ -23,19 +23,28 @@ def drop_rewound(conversation: Conversation) -> None:
     for order in sorted(order for order, nodes in children.items() if len(nodes) > 1):
         older: list[Node] = []
         for node in children[order]:
-            for replaced in [n for n in older if last[n.order] < node.order and _replaces(node, n)]:
-                for below in _subtree(replaced, children):
+            ended = [n for n in older if last[n.order] < node.order] if _starts_anew(node) else ()
+            replaced = [n for n in ended if _replaces(node, n)]
+            for top in replaced:
+                for below in _subtree(top, children):
                     below.dropped = True
+            if replaced:
+                older = [n for n in older if not n.dropped]
             if node.kind != "micro" and not node.answers:
-                older = [*(n for n in older if not n.dropped), node]
+                older.append(node)
+
+
+def _starts_anew(node: Node) -> bool:
+    """True for a prompt of the user, and for an answer that does not just go on with another one."""
+    if node.kind == "user":
+        return not node.answers and node.injected is None
+    return node.kind == "assistant" and node.parent.kind != "assistant"
 
 
 def _replaces(node: Node, older: Node) -> bool:
     if node.kind == "user":
-        return not node.answers and node.injected is None and older.kind in ("user", "compact")
-    if node.kind != "assistant" or older.kind != "assistant" or node.parent.kind == "assistant":
-        return False
-    return node.record.message.id != older.record.message.id
+        return older.kind in ("user", "compact")
+    return older.kind == "assistant" and node.record.message.id != older.record.message.id
 
 
 def _subtree(node: Node, children: dict[int, list[Node]]) -> list[Node]:

@@ -240,13 +240,17 @@ class Forest:
         return ready
 
     @staticmethod
-    def _complete(first: Conversation, ready: list[Conversation]) -> None:
-        queue = [first]
+    def _complete(start: Conversation, ready: list[Conversation]) -> None:
+        queue = [start]
         for conversation in queue:
             if (past := conversation.past) is not None:
-                parent, conversation.past = conversation.nodes[0].parent, None
-                kept = (*past.prefix, *past.nodes)
+                first, conversation.past = conversation.nodes[0], None
+                parent, kept = first.parent, (*past.prefix, *past.nodes)
                 conversation.prefix = [n for n in kept if n.order <= parent.order and not n.dropped]
+                # what changed after the last record of the past changed the context that is gone on from, too
+                until = first.order if past.nodes[-1] is parent else parent.order
+                before = dict.fromkeys(reason for order, reason in past.changes if order <= until)
+                conversation.changes[:0] = [(0, reason) for reason in before]
             conversation.complete = True
             ready.append(conversation)
             waiting, conversation.waiting = conversation.waiting, []

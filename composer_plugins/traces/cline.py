@@ -7,15 +7,17 @@ and named in `trace.extra["calls_from_xml"]`. The extension does not record its 
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from composer_plugins.traces.accounts import Records
+from composer_plugins.traces.beside import read_beside
 from composer_plugins.traces.cline_build import Task
 from composer_plugins.traces.cline_xml import TOOLS
-from composer_plugins.traces.documents import peek, read_document
+from composer_plugins.traces.documents import MAX_DOCUMENT, peek, read_document
 from composer_plugins.traces.model_fields import text_or_none
 from composer_plugins.traces.schema import Trace
 
@@ -42,7 +44,7 @@ class ClineReader:
             if "session_id" in value and ("messages_path" in value or "started_at" in value):
                 return "session_description"
             return "task_metadata" if {"files_in_context", "model_usage"} <= set(value) else None
-        if _first_edit(value) is not None:
+        if _edits(value):
             return "context_history"
         first = value[0] if isinstance(value, list) and value else None
         shown = isinstance(first, dict) and "ts" in first and first.get("type") in ("say", "ask")
@@ -126,23 +128,31 @@ def _edited(path: Path) -> int | None:
     """The first message (from 0) that the extension changed in later requests; None when it changed none.
 
     It keeps such changes (a file's older contents replaced by a note, the notice that messages were left out) beside
-    the conversation, in `context_history.json`: pairs of a message's index and its changes.
+    the conversation, in `context_history.json`: pairs of a message's index and its changes. When that is there and
+    cannot be read, nobody knows what was changed: -1, every message may be another one.
     """
+    place = path.parent / "context_history.json"
+    data = read_beside(place, MAX_DOCUMENT)
+    if data is None:
+        return -1 if os.path.lexists(place) else None
     try:
-        return _first_edit(json.loads((path.parent / "context_history.json").read_bytes()[:_DESCRIPTION]))
-    except (OSError, ValueError, RecursionError):
+        edits = _edits(json.loads(data))
+    except (ValueError, RecursionError):
+        edits = None
+    return -1 if edits is None else min(edits, default=None)
+
+
+def _edits(value: Any) -> list[int] | None:
+    """The indices in a history of changes that have one; None when the value is no such history."""
+    if not isinstance(value, list):
         return None
-
-
-def _first_edit(value: Any) -> int | None:
-    """The lowest index in a history of changes; None when the value is no such history, or has no change."""
     found = []
-    for entry in value if isinstance(value, list) else ():
+    for entry in value:
         pair = entry[1] if isinstance(entry, list) and len(entry) == 2 and type(entry[0]) is int else None
         if not isinstance(pair, list) or len(pair) != 2 or type(pair[0]) is not int or not isinstance(pair[1], list):
             return None
         found += [entry[0]] if pair[1] else []
-    return min(found, default=None)
+    return found
 
 
 def _description(path: Path, session: Any) -> dict[str, Any]:
@@ -150,11 +160,12 @@ def _description(path: Path, session: Any) -> dict[str, Any]:
     if not text_or_none(session):
         return {}
     for place in sorted(path.parent.glob("*.json"))[:50]:
-        if place == path or not place.is_file() or place.stat().st_size > _DESCRIPTION:
+        data = None if place == path else read_beside(place, _DESCRIPTION)
+        if data is None:
             continue
         try:
-            value = json.loads(place.read_bytes())
-        except (ValueError, RecursionError, OSError):
+            value = json.loads(data)
+        except (ValueError, RecursionError):
             continue
         if isinstance(value, dict) and value.get("session_id") == session and "messages" not in value:
             return value

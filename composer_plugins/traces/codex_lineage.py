@@ -10,54 +10,74 @@ Format source: openai/codex `codex-rs/history/src/lib.rs`, `codex-rs/rollout/src
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from composer_plugins.traces.beside import read_beside
 from composer_plugins.traces.lines import decode_objects
 from composer_plugins.traces.model_fields import dig, text_or_none, whole
 
-#: So many rollouts may follow each other, and so many bytes of one are read.
+#: So many rollouts may follow each other, and so many bytes of all of them together are read.
 MOST_BASES, MOST_BYTES = 50, 256 * 2**20
 _NAME = re.compile(r"rollout-\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d-(.+)\.jsonl\Z")
 _DATE = re.compile(r"\d{2}(\d{2})?\Z")
 
 
 def records_before(path: Path, meta: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """The records of the rollouts that come before the one in `path`, oldest first; None when not all can be read.
+    """The records of the rollouts that come before the one in `path`, oldest first.
 
     Args:
         path: the rollout.
         meta: its header.
+
+    Returns:
+        None when not all of them can be read, each up to the place that the next one names: a file is missing,
+        shorter, damaged or too large, it is no rollout, it comes twice, or the place is not said.
     """
     parts: list[list[dict[str, Any]]] = []
+    seen, budget, root = {path.resolve()}, MOST_BYTES, _root(path)
     base = meta.get("history_base")
-    while isinstance(base, dict):
-        name = text_or_none(base.get("thread_id"))
-        file = _rollouts(_root(path)).get(name or "")
-        records = None if file is None or len(parts) >= MOST_BASES else list(_until(file, base))
-        if not records:
+    while base is not None:
+        name = text_or_none(base.get("thread_id")) if isinstance(base, dict) else None
+        file = _rollouts(root).get(name or "")
+        if file is None or file.resolve() in seen or len(parts) >= MOST_BASES:
             return None
+        seen.add(file.resolve())
+        size, ordinal = base.get("end_byte_offset"), base.get("end_ordinal_exclusive")
+        if whole(ordinal if size is None else size) is None:
+            return None
+        data = read_beside(file, budget, first=size)
+        records = None if data is None else _until(data, ordinal if size is None else None)
+        header = dig(records[0], "payload") if records and records[0].get("type") == "session_meta" else None
+        if not isinstance(header, dict):
+            return None
+        budget -= len(data)
         parts.append(records)
-        base = dig(records[0], "payload", "history_base") if records[0].get("type") == "session_meta" else None
+        base = header.get("history_base")
     return [record for records in reversed(parts) for record in records]
 
 
-def _until(file: Path, base: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The records of a rollout that a later one builds on: so many bytes of it, or those before an ordinal."""
-    size, ordinal = whole(base.get("end_byte_offset")), whole(base.get("end_ordinal_exclusive"))
-    try:
-        with file.open("rb") as opened:
-            data = opened.read(min(MOST_BYTES, MOST_BYTES if size is None else max(size, 0)))
-    except OSError:
-        return
-    for raw in data.split(b"\n"):
-        for record in decode_objects(raw)[0] if raw.strip() else ():
+def _until(data: bytes, ordinal: int | None) -> list[dict[str, Any]] | None:
+    """The records of a rollout that a later one builds on; None when one of them is damaged or cannot be placed.
+
+    Args:
+        data: the rollout, or as much of it as counts. An end inside a line is damage.
+        ordinal: that of the first record that does not count; None: all of `data` counts.
+    """
+    records: list[dict[str, Any]] = []
+    for raw in BytesIO(data):
+        found, damage = decode_objects(raw)
+        for record in found:
             place = whole(record.get("ordinal"))
-            if size is None and ordinal is not None and place is not None and place >= ordinal:
-                return
-            yield record
+            if ordinal is not None and (place is None or place >= ordinal):
+                return None if place is None or any(item.lost for item in damage) else records
+            records.append(record)
+        if any(item.lost for item in damage):
+            return None
+    # without a record after it, the last one must be the one that the ordinal says
+    return records if ordinal is None or (records and records[-1]["ordinal"] == ordinal - 1) else None
 
 
 def _root(path: Path) -> Path:
@@ -79,6 +99,6 @@ def _listed(root: Path, changed: int) -> dict[str, Path]:
     """Rollouts by the id that ends their names; one that two files have is nobody's."""
     found: dict[str, Path | None] = {}
     for path in sorted(root.glob("*.jsonl")) + sorted(root.glob("[0-9]*/[0-9]*/[0-9]*/*.jsonl")):
-        if (name := _NAME.match(path.name)) is not None:
+        if (name := _NAME.match(path.name)) is not None and path.is_file():
             found[name[1]] = None if name[1] in found else path
     return {name: path for name, path in found.items() if path is not None}

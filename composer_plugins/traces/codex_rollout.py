@@ -110,7 +110,7 @@ class Rollout:
             self.system = text_or_none(meta.get("instructions"))
         if self.system is not None and not self.talk.items:
             self.talk.say("system", self.system, line)
-        if isinstance(meta.get("history_base"), dict):
+        if meta.get("history_base") is not None:
             self._past(records_before(Path(self.source), meta))
         return None
 

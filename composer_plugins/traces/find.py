@@ -53,6 +53,27 @@ def find_reader(path: Path, *, manager: PluginManager | None = None) -> TraceRea
     )
 
 
+def find_log(path: Path, *, manager: PluginManager | None = None) -> tuple[TraceReader, Path | None]:
+    """Return the reader of a file, and, when its log has several files, the one of them through which all are read.
+
+    The readers of logs of several files are asked first: a part of such a log may show nothing when it stands alone,
+    and what is read with its log must not be read or refused a second time.
+
+    Raises:
+        TraceError: see `find_reader`.
+    """
+    for entry in (manager or get_plugin_manager()).trace_readers:
+        reader = entry.load()
+        part_of = getattr(reader, "part_of", None)
+        try:
+            first = part_of(path) if part_of is not None else None
+        except Exception:  # a plugin's bug must not keep other readers from their files
+            continue
+        if first is not None:
+            return reader, first
+    return find_reader(path, manager=manager), None
+
+
 def stage_file(path: Path) -> bool:
     """True for the files that our own stages write, whose manifest is beside them, and for these manifests."""
     return manifest_path(path).is_file() or (

@@ -143,8 +143,13 @@ class Session:
         }  # fmt: skip
         return self.talk.trace(
             session or "no-session", "gemini_cli", agent="gemini-cli", session_id=session, extra=extra,
-            parent_id=Path(self.records.source).resolve().parent.name if self.meta.get("kind") == "subagent" else None,
+            parent_id=self._parent(),
         )  # fmt: skip
+
+    def _parent(self) -> str | None:
+        """The session that started this sub-agent: the folder names it, where Gemini CLI keeps its chats."""
+        folder = Path(self.records.source).resolve().parent
+        return folder.name if self.meta.get("kind") == "subagent" and folder.parent.name == "chats" else None
 
     def _add(self, entry: Entry) -> None:
         message, record = entry.message, entry.record

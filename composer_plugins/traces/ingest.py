@@ -12,9 +12,9 @@ import msgspec
 from composer_plugins.errors import ConfigError, TraceError
 from composer_plugins.plugins import PluginManager
 from composer_plugins.traces.copies import CopyDetector, StepKeys, mark_copies, step_keys
-from composer_plugins.traces.find import HEAD, find_companion, find_logs, find_reader, stage_file
+from composer_plugins.traces.find import HEAD, find_companion, find_log, find_logs, find_reader, stage_file
 from composer_plugins.traces.ledger import Ledger
-from composer_plugins.traces.read_file import FileOutcome, FileReport, Job, read_file
+from composer_plugins.traces.read_file import PART, FileOutcome, FileReport, Job, read_file
 from composer_plugins.traces.schema import Step, Trace
 from composer_plugins.traces.store import Manifest, write_stage
 
@@ -222,7 +222,7 @@ def ingest(
     logs = []
     for path, named in find_logs([Path(p) for p in paths]):  # before anything is written
         if named:
-            find_reader(path, manager=manager)
+            find_log(path, manager=manager)
         if path.resolve() != output.resolve():
             logs.append((path, named))
         elif named or not stage_file(path):
@@ -245,13 +245,21 @@ def _at_least_one(traces: Iterator[Any], report: Report, scrubber: Cleaner | Non
     if count:
         return
     if not report.files:
-        some = "\n".join(f"- {text}" for text in list(report.refused.values())[:5])
+        reasons = [*report.refused.values(), *(_aside(path, word) for path, word in report.companions.items())]
+        some = "\n".join(f"- {text}" for text in reasons[:5])
         raise TraceError(f"None of the {len(report.refused) + len(report.companions)} files could be read:\n{some}")
     lost = "\n".join(f"- {problem}" for problem in report.ledger.problems[:5])
     raise TraceError(
         f"No model step found in {report.files} file(s): of {report.ledger['read']} records, "
         f"{report.ledger.skipped()} were set aside. Pass a session in which the agent answered.\n{lost}".rstrip()
     )
+
+
+def _aside(path: str, word: str) -> str:
+    """Why a file that was set aside gave nothing."""
+    if word == PART:
+        return f"{path} is read with the first file of its log, which is not among these: pass the folder above."
+    return f"{path} is no log ({word.replace('_', ' ')}): pass the log that it belongs to."
 
 
 def _options(report: Report) -> dict[str, Any]:

@@ -40,8 +40,8 @@ class OpenHandsReader:
     name = "openhands"
 
     def sniff(self, head: bytes) -> bool:
-        """True for events, or instances with events, of either version."""
-        if _is_log(peek(head)):
+        """True for events, or instances with events, of either version; one event may be longer than `head`."""
+        if _is_log(peek(head)) or openhands_folder.cut_event(head):
             return True
         return any(_is_log(peek(raw)) for raw in head.split(b"\n")[1:_SNIFFED_LINES])
 
@@ -51,7 +51,7 @@ class OpenHandsReader:
 
     def part_of(self, path: Path) -> Path | None:
         """The first event of the conversation that an event file belongs to (see `TraceReader`)."""
-        return openhands_folder.first_event(path, _is_event)
+        return openhands_folder.first_event(path)
 
     def read(self, path: Path, counts: Counter) -> Iterator[Trace]:
         """Yield the traces of one file (see `composer_plugins.traces.base.TraceReader`).
@@ -132,6 +132,7 @@ class _Conversation:
         self.path, self.row, self.files = path, row or {}, [str(file) for file in files or ()]
         self.records = Records(str(path))
         self.collector: V0Events | V1Events | None = None
+        self._lost_before = False
 
     def feed(self, event: Any, line: int) -> None:
         if isinstance(event, list):
@@ -145,8 +146,11 @@ class _Conversation:
         if self.collector is None and _is_event(event):
             kind = V1Events if openhands_v1.is_event(event) else V0Events
             self.collector = kind(str(self.path), self.records, _model(self.row))
+            if self._lost_before:
+                self.collector.lost()
         if self.collector is None:
             self.records.damage("unknown_record", line, "expected an OpenHands event")
+            self.lost()
         else:
             self.collector.feed(event, line)
 
@@ -154,6 +158,7 @@ class _Conversation:
         """Something before the next event could not be read."""
         if self.collector is not None:
             self.collector.lost()
+        self._lost_before = True
 
     def finish(self, counts: Counter, name: str | None = None) -> Trace | None:
         trace = None
@@ -268,7 +273,7 @@ def _read_document(path: Path, counts: Counter) -> Iterator[Trace]:
 
 def _read_folder(first: Path, counts: Counter) -> Iterator[Trace]:
     """The conversation that begins with the event file `first`. A record is a file, and counts as its line 1."""
-    files = openhands_folder.parts(first)
+    files = openhands_folder.members(first)
     conversation = _Conversation(first, {"metadata": {"llm": {"model": openhands_folder.model_of(first)}}}, files)
     for number, file in enumerate(files, 1):
         document = read_document(file)

@@ -89,6 +89,7 @@ class V0Events:
             used = self._observation(event, event["observation"], key, line)
         else:
             self.records.damage("unknown_record", line, "expected an event with an action or an observation")
+            self.lost()
             return
         if used:
             self.records.use()
@@ -126,6 +127,7 @@ class V0Events:
             self._deed(event, args, kind, key, line)
         else:
             self.records.damage("unknown_record", line, f"an action of the kind {kind[:40]!r}")
+            self.lost()
             return False
         return True
 

@@ -76,6 +76,7 @@ class V1Events:
         """Take one event."""
         if not isinstance(event.get("kind"), str):
             self.records.damage("unknown_record", line, "expected an event with a kind")
+            self.lost()
             return
         key, parent = text_or_none(event.get("id")), text_or_none(event.get("parent_id"))
         if key is not None and key in self._parents:
@@ -105,6 +106,8 @@ class V1Events:
             handler = _HANDLERS.get(event["kind"])
             if handler is None:
                 self.records.skip(event["kind"] if event["kind"] in KINDS else "unknown_record")
+                if event["kind"] not in KINDS:  # it may have stood before the model
+                    self.talk.inexact("damaged_line")
                 self._note(event)
             elif handler(self, event, key, line):
                 self.records.use()

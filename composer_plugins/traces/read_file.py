@@ -9,10 +9,13 @@ from pathlib import Path
 from composer_plugins.errors import TraceError
 from composer_plugins.plugins import PluginManager
 from composer_plugins.traces.base import TraceReader
-from composer_plugins.traces.find import find_companion, find_reader, stage_file
+from composer_plugins.traces.find import find_companion, find_log, stage_file
 from composer_plugins.traces.ledger import DAMAGE, Ledger
 from composer_plugins.traces.schema import Trace
 from composer_plugins.traces.store import file_sha256
+
+#: What a file is that is read with another one.
+PART = "part_of_a_log"
 
 
 @dataclass
@@ -63,8 +66,14 @@ def read_file(job: Job, outcome: FileOutcome, manager: PluginManager | None = No
         outcome.companion = "file_of_ours"
         return
     try:
-        reader = find_reader(job.path, manager=manager)
-        if _is_part(job, reader, outcome):
+        reader, first = find_log(job.path, manager=manager)
+        if first is not None and job.named:
+            raise TraceError(
+                f"{job.path} is one of several files that hold one conversation, and says nothing alone. "
+                f"Pass their folder: {first.parent}"
+            )
+        if first is not None and first != job.path:
+            outcome.companion, outcome.sha256 = PART, file_sha256(job.path)
             return
         yield from _traces(job, reader, outcome)
     except TraceError as error:
@@ -72,21 +81,6 @@ def read_file(job: Job, outcome: FileOutcome, manager: PluginManager | None = No
             raise
         outcome.companion = _companion(job.path, manager)
         outcome.refused = None if outcome.companion else str(error)
-
-
-def _is_part(job: Job, reader: TraceReader, outcome: FileOutcome) -> bool:
-    """True for a file that is read with another one, the first of their log."""
-    part_of = getattr(reader, "part_of", None)
-    first = part_of(job.path) if part_of is not None else None
-    if first is None or first == job.path:
-        return False
-    if job.named:
-        raise TraceError(
-            f"{job.path} is one of several files that hold one conversation, and says nothing alone. "
-            f"Pass their folder: {first.parent}"
-        )
-    outcome.companion, outcome.sha256 = "part_of_a_log", file_sha256(job.path)
-    return True
 
 
 def _companion(path: Path, manager: PluginManager | None) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 from log_lines import Log, call, text, thinking
@@ -98,6 +99,160 @@ def test_messages_that_a_compaction_kept_stand_after_the_summary_and_are_no_new_
     assert [s.results[0].content for s in trace.steps if s.results] == ["b = 1"]
     assert trace.steps[-1].inexact == ["system_prompt", "compaction"]
     assert ledger["used"] == 9
+
+
+def compaction(log, names, *, ends_only=False, summary="Summary"):
+    kept = {"preservedMessages": {"allUuids": names}}
+    if ends_only:
+        kept = {"preservedSegment": {"headUuid": names[0], "tailUuid": names[-1]}}
+    log.record("system", parent=None, subtype="compact_boundary", logicalParentUuid=log.last, compactMetadata=kept)
+    return log.user(summary, isCompactSummary=True)
+
+
+@pytest.mark.parametrize("ends_only", [False, True])
+def test_a_message_that_two_compactions_keep_stands_after_both_summaries(tmp_path, read_log, ends_only):
+    log = Log()
+    log.user("forgotten")
+    first = log.user("look at b.py")
+    old = log.assistant(text("A0"), id="m1")
+    compaction(log, [first, old], ends_only=ends_only, summary="One")
+    log.user("Q1")
+    log.assistant(text("A1"), id="m2")
+    # the walk goes through the first boundary and its summary, which the list does not name
+    compaction(log, [first, old, log.last], ends_only=ends_only, summary="Two")
+    log.assistant(text("A2"), id="m3")
+    compaction(log, [log.last], ends_only=ends_only, summary="Three")
+    log.assistant(text("A3"), id="m4")
+    (trace,), ledger = read_log(log.write(tmp_path / "x.jsonl"))
+    states = [[m.content for m in trace.state_of(step)] for step in trace.steps]
+    between = ["One", "Q1"] if ends_only else []
+    assert states == [
+        ["forgotten", "look at b.py"],
+        ["One", "look at b.py", "A0", "Q1"],
+        ["Two", "look at b.py", "A0", *between, "A1"],
+        ["Three", "A2"],
+    ]
+    assert [trace.action_of(s).content for s in trace.steps] == ["A0", "A1", "A2", "A3"]
+    assert ledger["used"] == 13
+
+
+def test_a_kept_message_of_several_lines_is_shown_again_once(tmp_path, read_log):
+    log = Log()
+    log.user("task")
+    names = [log.assistant(text("a"), id="m1"), log.assistant(call("c1", command="ls"), id="m1"), log.result("c1", "x")]
+    compaction(log, [*reversed(names), *names, "not in the file"])
+    log.assistant(text("b"), id="m2")
+    (trace,), _ = read_log(log.write(tmp_path / "x.jsonl"))
+    assert [m.content for m in trace.state_of(trace.steps[-1])] == ["Summary", "a", "x"]
+
+
+def test_a_compaction_does_not_bring_back_what_only_a_later_one_kept(tmp_path, read_log):
+    log = Log()
+    first = log.user("first")
+    second = log.user("second")
+    compaction(log, [second], summary="One")
+    log.assistant(text("a"), id="m1")
+    compaction(log, [first], summary="Two")
+    log.assistant(text("b"), id="m2")
+    (trace,), _ = read_log(log.write(tmp_path / "x.jsonl"))
+    assert [[m.content for m in trace.state_of(s)] for s in trace.steps] == [["One", "second"], ["Two", "first"]]
+
+
+def test_a_resumed_session_sees_what_a_compaction_of_its_past_kept(tmp_path, read_log):
+    log = Log()
+    first = log.user("first")
+    compaction(log, [first], summary="One")
+    log.assistant(text("a"), id="m1")
+    log.session = "s2"
+    log.user("go on")
+    log.assistant(text("b"), id="m2")
+    (_, trace), _ = read_log(log.write(tmp_path / "x.jsonl"))
+    assert [m.content for m in trace.messages] == ["first", "One", "first", "a", "go on", "b"]
+
+
+@pytest.mark.parametrize("where", ["before", "after the last", "in what was not gone on from"])
+def test_a_resumed_session_knows_what_changed_the_context_of_its_past(tmp_path, read_log, where):
+    log = Log()
+    log.user("task")
+    log.assistant(text("a"), id="m1")
+    if where == "before":
+        log.record("system", subtype="snip_boundary")
+    log.user("more")
+    end = log.assistant(text("b"), id="m2")
+    if where != "before":
+        log.record("system", subtype="snip_boundary")
+    if where.startswith("in"):
+        log.user("another way")
+    log.session = "s2"
+    log.user("go on", parent=end if where.startswith("in") else log.last)
+    log.assistant(text("c"), id="m3")
+    log.session, log.last = "s3", log.last
+    log.user("and on")
+    log.assistant(text("d"), id="m4")
+    (_, second, third), _ = read_log(log.write(tmp_path / "x.jsonl"))
+    expected = ["system_prompt"] if where.startswith("in") else ["system_prompt", "compaction"]
+    assert [s.inexact for s in (*second.steps, *third.steps)] == [expected, expected]
+
+
+@pytest.mark.parametrize(("session", "spoiled"), [("s1", True), ("another", False), (None, True)])
+def test_a_line_that_was_lost_in_the_past_of_a_resumed_session_spoils_its_histories(
+    tmp_path, read_log, session, spoiled
+):
+    log = Log()
+    log.user("task")
+    names = f'"sessionId": "{session}", ' if session else ""
+    log.lines.append("{" + names + '"type": "assistant", "message": {"role"')
+    log.assistant(text("a"), id="m1")
+    log.session = "s2"
+    log.user("go on")
+    log.assistant(text("b"), id="m2")
+    (_, trace), _ = read_log(log.write(tmp_path / "x.jsonl"))
+    assert [s.inexact for s in trace.steps] == [["system_prompt", *["damaged_line"] * spoiled]]
+
+
+def _keeping(count):
+    log = Log()
+    names = [log.user(f"q{n}") for n in range(count)]
+    compaction(log, names)
+    log.assistant(text("ok"), id="m1")
+    return log
+
+
+def _walking(count, head):
+    """Every one of `count` compactions names a stretch of all `count` records, or one that ends nowhere."""
+    log = Log()
+    side = log.user("on another branch")
+    names = [log.user(f"q{n}", parent=None if n == 0 else log.last) for n in range(count)]
+    for _ in range(count):
+        kept = {"preservedSegment": {"tailUuid": names[-1], "headUuid": {"there": names[0], "aside": side}.get(head)}}
+        log.record("system", parent=None, subtype="compact_boundary", logicalParentUuid=names[-1], compactMetadata=kept)
+    log.user("Summary", isCompactSummary=True)
+    log.assistant(text("ok"), id="m1")
+    return log
+
+
+@pytest.mark.parametrize("make", [
+    _keeping, lambda n: _walking(n, "there"), lambda n: _walking(n, "aside"), lambda n: _walking(n, "nowhere"),
+])  # fmt: skip
+def test_the_work_for_what_compactions_keep_grows_with_the_file_and_not_with_its_square(tmp_path, read_log, make):
+    """Counted in calls, not in seconds: four times the file is four times the work."""
+
+    def work(count):
+        path, calls = make(count).write(tmp_path / "x.jsonl"), 0
+
+        def called(*_):
+            nonlocal calls
+            calls += 1
+
+        before = sys.getprofile()
+        sys.setprofile(called)
+        try:
+            read_log(path)
+        finally:
+            sys.setprofile(before)
+        return calls
+
+    assert work(400) < 6 * work(100)
 
 
 @pytest.mark.parametrize(

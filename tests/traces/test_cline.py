@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 
 import agent_logs
 import pytest
 
+from composer_plugins.traces import cline
 from composer_plugins.traces.cline import READER
 from composer_plugins.traces.cline_results import read_result, split_environment
 from composer_plugins.traces.cline_xml import parse_text, result_header
@@ -179,9 +181,49 @@ def test_messages_that_the_extension_changed_later_are_not_called_exact(tmp_path
         (tmp_path / "context_history.json").write_text(json.dumps(edits))
         (trace,), _ = agent_logs.read(READER, tmp_path / "log")
         assert [s.inexact for s in trace.steps] == [["system_prompt", *more] for more in expected]
-    (tmp_path / "context_history.json").write_text("{")
+    (tmp_path / "context_history.json").unlink()
     (trace,), _ = agent_logs.read(READER, tmp_path / "log")
     assert {tuple(s.inexact) for s in trace.steps} == {("system_prompt",)}
+
+
+@pytest.mark.parametrize("case", ["cut", "another shape", "no file", "nested", "too large", "pipe"])
+def test_changes_that_cannot_be_read_may_be_of_any_message(tmp_path, monkeypatch, case):
+    talk = [TASK, assistant(use("c1")), user(came("c1", "x")), assistant(use("c2")), user(came("c2", "y"))]
+    (tmp_path / "log").write_text(json.dumps([*talk, assistant("Done.")]))
+    place = tmp_path / "context_history.json"
+    if case == "no file":
+        place.mkdir()
+    elif case == "pipe":
+        if not hasattr(os, "mkfifo"):
+            pytest.skip("this system has no named pipes")
+        os.mkfifo(place)
+    else:
+        texts = {"cut": json.dumps(EDITS)[:-4], "another shape": '{"0": []}', "nested": "[" * 100_000}
+        place.write_text(texts.get(case, "[]"))
+    if case == "too large":
+        monkeypatch.setattr(cline, "MAX_DOCUMENT", 1)
+    (trace,), _ = agent_logs.read(READER, tmp_path / "log")
+    assert [s.inexact for s in trace.steps] == [["system_prompt", "microcompaction"]] * 3
+
+
+def test_a_long_history_of_changes_is_read_whole(tmp_path):
+    """Above 1 MiB it was once cut, and a cut one said that nothing was changed."""
+    talk = [TASK, assistant(use("c1")), user(came("c1", "x")), assistant(use("c2")), user(came("c2", "y"))]
+    (tmp_path / "log").write_text(json.dumps([*talk, assistant("Done.")]))
+    note = [[0, [[1750000000000, "text", ["x" * (3 << 20)], [[]]]]]]
+    (tmp_path / "context_history.json").write_text(json.dumps([[4, [2, note]]]))
+    (trace,), _ = agent_logs.read(READER, tmp_path / "log")
+    assert [s.inexact[1:] for s in trace.steps] == [[], [], ["microcompaction"]]
+
+
+def test_a_pipe_beside_a_session_is_not_opened_in_search_of_its_description(tmp_path):
+    (tmp_path / "log").write_text(json.dumps({"sessionId": "s", "messages": [user("hi"), assistant("Done.")]}))
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("this system has no named pipes")
+    os.mkfifo(tmp_path / "a.json")
+    (tmp_path / "b.json").write_text(json.dumps({"session_id": "s", "status": "completed"}))
+    (trace,), _ = agent_logs.read(READER, tmp_path / "log")
+    assert trace.outcome == "completed"
 
 
 @pytest.mark.parametrize("role", ["user", "assistant"])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from functools import partial
 
 import agent_logs
 import pytest
 
+from composer_plugins.traces import codex_lineage
 from composer_plugins.traces.codex import READER
 from composer_plugins.traces.codex_output import read_output
 from composer_plugins.traces.schema import Status
@@ -245,6 +247,122 @@ def test_a_fork_whose_origin_is_not_there_says_so(tmp_path, case):
     (trace,), _ = agent_logs.read(READER, rollout(tmp_path / "2026" / "09" / "11", "bbbb-2", rows, base))
     assert [s.inexact for s in trace.steps] == [["unlinked"]]
     assert [m.content for m in trace.messages] == ["Be brief.", "go", "a"]
+
+
+def lines_of(path):
+    return path.read_bytes().splitlines(keepends=True)
+
+
+def unlinked(fork):
+    """A fork whose past cannot be told shows its own messages only, and says so on every step."""
+    (trace,), ledger = agent_logs.read(READER, fork)
+    assert [s.inexact for s in trace.steps] == [["unlinked"]]
+    assert [m.content for m in trace.messages] == ["Be brief.", "again", "b"]
+    assert ledger.balanced()
+
+
+AGAIN = [said("user", "again"), said("assistant", "b")]
+PAST = [said("user", "go"), said("assistant", "a"), said("user", "after"), said("assistant", "x")]
+
+
+@pytest.mark.parametrize("cut", [30, "a record that is no object", "header"])
+def test_one_damaged_line_before_a_fork_makes_its_past_unknown(tmp_path, cut):
+    origin = rollout(tmp_path, "aaaa-1", PAST)
+    rows, base = lines_of(origin), upto(origin, 3)
+    place = 0 if cut == "header" else 1
+    rows[place] = b"[" + b" " * (len(rows[1]) - 3) + b"]\n" if isinstance(cut, str) and place else (
+        rows[place][:-30] + b" " * 29 + b"\n"
+    )  # fmt: skip
+    origin.write_bytes(b"".join(rows))
+    unlinked(rollout(tmp_path, "bbbb-2", AGAIN, base))
+
+
+def test_a_damaged_header_does_not_end_the_chain_of_rollouts_silently(tmp_path):
+    """The middle one's own header names what comes before it: without it, nobody knows that something does."""
+    first = rollout(tmp_path, "aaaa-1", PAST)
+    middle = rollout(tmp_path, "mmmm-2", PAST, upto(first, 3))
+    base = upto(middle, 3)
+    rows = lines_of(middle)
+    middle.write_bytes(b"".join([b"{}".ljust(len(rows[0]) - 1) + b"\n", *rows[1:]]))
+    unlinked(rollout(tmp_path, "bbbb-2", AGAIN, base))
+
+
+@pytest.mark.parametrize("bounds", [
+    {"end_byte_offset": 10**6}, {"end_byte_offset": -1}, {"end_byte_offset": 0}, {"end_byte_offset": "300"},
+    {"end_byte_offset": 300.0}, {"end_byte_offset": True}, {"end_byte_offset": 2**70},
+    {"end_byte_offset": None, "end_ordinal_exclusive": None}, {"end_byte_offset": None, "end_ordinal_exclusive": "3"},
+    {"end_byte_offset": None, "end_ordinal_exclusive": 99}, {"end_byte_offset": None, "end_ordinal_exclusive": 0},
+])  # fmt: skip
+def test_a_fork_that_does_not_say_where_its_past_ends_or_says_more_than_there_is(tmp_path, bounds):
+    origin = rollout(tmp_path, "aaaa-1", PAST)
+    unlinked(rollout(tmp_path, "bbbb-2", AGAIN, upto(origin, 3, **bounds)))
+
+
+@pytest.mark.parametrize("step", [-1, -20, 1, 20])
+def test_a_fork_whose_past_ends_inside_a_line(tmp_path, step):
+    origin = rollout(tmp_path, "aaaa-1", PAST)
+    base = upto(origin, 3)
+    base["end_byte_offset"] += step - (step == -1)  # one byte less is the line end only: all records are whole
+    unlinked(rollout(tmp_path, "bbbb-2", AGAIN, base))
+
+
+def test_an_ordinal_needs_ordinals(tmp_path):
+    """Without them nobody knows which records came before the fork: none is shown."""
+    origin = rollout(tmp_path, "aaaa-1", PAST)
+    base = upto(origin, 3, end_byte_offset=None)
+    origin.write_bytes(origin.read_bytes().replace(b'"ordinal"', b'"other"'))
+    unlinked(rollout(tmp_path, "bbbb-2", AGAIN, base))
+
+
+@pytest.mark.parametrize("base", ["aaaa-1", [], 3, {}])
+def test_a_past_that_is_named_in_no_known_way(tmp_path, base):
+    origin = rollout(tmp_path, "aaaa-1", PAST)
+    header = META["payload"] | {"history_base": base}
+    path = tmp_path / "log"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [META | {"payload": header}, *AGAIN]))
+    unlinked(path)
+    assert origin.is_file()
+
+
+def test_the_past_is_at_most_so_large_over_all_its_files(tmp_path, monkeypatch):
+    first = rollout(tmp_path, "aaaa-1", PAST)
+    middle = rollout(tmp_path, "mmmm-2", PAST, upto(first, 3))
+    base = upto(middle, 3)
+    fork = rollout(tmp_path, "bbbb-2", AGAIN, base)
+    needed = base["end_byte_offset"] + upto(first, 3)["end_byte_offset"]
+    monkeypatch.setattr(codex_lineage, "MOST_BYTES", needed)
+    (trace,), _ = agent_logs.read(READER, fork)
+    assert [m.content for m in trace.messages] == ["Be brief.", "go", "a", "go", "a", "again", "b"]
+    monkeypatch.setattr(codex_lineage, "MOST_BYTES", needed - 1)
+    unlinked(fork)
+
+
+@pytest.mark.parametrize("round_trip", [False, True])
+def test_rollouts_that_name_each_other_are_not_followed_in_a_circle(tmp_path, monkeypatch, round_trip):
+    opened = []
+    read = codex_lineage.read_beside
+    monkeypatch.setattr(codex_lineage, "read_beside", lambda *a, **k: opened.append(a[0]) or read(*a, **k))
+    names = {"thread_id": "bbbb-2", "end_byte_offset": 300}
+    fork = rollout(tmp_path, "bbbb-2", AGAIN, names)
+    if round_trip:
+        other = rollout(tmp_path, "aaaa-1", PAST, names | {"end_byte_offset": len(lines_of(fork)[0])})
+        fork = rollout(tmp_path, "bbbb-2", AGAIN, upto(other, 3))
+    unlinked(fork)
+    assert len(opened) == round_trip
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_under_the_name_of_a_rollout_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "rollout-2026-09-11T08-00-00-aaaa-1.jsonl")
+    unlinked(rollout(tmp_path, "bbbb-2", AGAIN, {"thread_id": "aaaa-1", "end_byte_offset": 300}))
+
+
+def test_only_a_file_can_be_a_second_rollout_of_that_name(tmp_path):
+    origin = rollout(tmp_path / "2026" / "09" / "10", "aaaa-1", PAST)
+    fork = rollout(tmp_path / "2026" / "09" / "11", "bbbb-2", AGAIN, upto(origin, 3))
+    (fork.parent / origin.name).mkdir()
+    (trace,), _ = agent_logs.read(READER, fork)
+    assert [m.content for m in trace.messages] == ["Be brief.", "go", "a", "again", "b"]
 
 
 def test_a_usage_record_ends_an_inference(tmp_path):

@@ -237,3 +237,11 @@ def test_a_sub_agent_names_the_session_whose_folder_its_file_lies_in(tmp_path):
     (sub,), _ = read_rows(folder, HEAD | {"kind": "subagent"}, *rows)
     (main,), _ = read_rows(folder, HEAD | {"kind": "main"}, *rows)
     assert (sub.parent_id, main.parent_id) == ("parent-session", None)
+
+
+def test_the_folder_that_a_sub_agents_file_was_copied_to_is_not_its_parent(tmp_path):
+    folder = tmp_path / "backup" / "logs"
+    folder.mkdir(parents=True)
+    rows = [message("1", "user", "part"), message("2", "gemini", "done")]
+    (sub,), _ = read_rows(folder, HEAD | {"kind": "subagent"}, *rows)
+    assert sub.parent_id is None

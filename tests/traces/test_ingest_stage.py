@@ -232,6 +232,10 @@ def fails(path, counts):
     yield
 
 
+def fails_at_once(path):
+    raise KeyError("surprise")
+
+
 def miscounts(path, counts):
     counts["read"] += 5
     yield from ()
@@ -285,6 +289,22 @@ def test_files_that_belong_to_a_log_are_no_unknown_files(tmp_path):
     assert list(report.refused) == [str(tmp_path / "logs/c")]
     with pytest.raises(TraceError, match="no known log format"):
         ingest([tmp_path / "logs/b"], tmp_path / "t.jsonl", manager=managed(reader))
+
+
+def test_the_readers_of_logs_of_several_files_are_asked_before_a_file_is_called_unknown(tmp_path):
+    (tmp_path / "logs").mkdir()
+    for name, content in (("a", "mine"), ("b", "half of a rec"), ("c", "else")):
+        (tmp_path / "logs" / name).write_text(content)
+    reader, broken = Scripted("x"), Scripted("broken", lambda head: False)
+    reader.part_of = lambda path: path.parent / "a" if path.name in "ab" else None
+    broken.part_of = fails_at_once
+    report = ingest([tmp_path / "logs"], tmp_path / "t.jsonl", manager=managed(broken, reader))
+    assert report.companions == {str(tmp_path / "logs/b"): "part_of_a_log"}
+    assert [file.path.name for file in report.read_files] == ["a"]
+    assert list(report.refused) == [str(tmp_path / "logs/c")]
+    assert set(report.manifest.inputs) == {str(tmp_path / "logs" / name) for name in "ab"}
+    with pytest.raises(TraceError, match="one of several files"):
+        ingest([tmp_path / "logs/b"], tmp_path / "t.jsonl", manager=managed(broken, reader))
 
 
 def test_every_trace_passes_through_the_scrubber_last(tmp_path):
