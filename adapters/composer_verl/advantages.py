@@ -5,6 +5,7 @@ verl groups rollouts by `uid`, in any order, so groups are found by it.
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +19,9 @@ from composer_plugins.plugins import get_plugin_manager
 from composer_verl.section import PREFIX, advantage_options
 
 Scale = Literal["group", "batch", "none"]
+#: Keys by which verl's whole configuration is told from a part of it.
+_OF_THE_WHOLE = ("trainer.v1.trainer_mode", "actor_rollout_ref.actor.policy_loss.loss_mode")
+_PADDING_UID = re.compile(r"pad[0-9a-f]{32}\Z")
 
 
 def register_advantages() -> list[str]:
@@ -43,6 +47,7 @@ def _estimator(objective: str):
             raise ConfigError(
                 f"{PREFIX}{objective} compares rollouts of one prompt and needs verl's `uid`; found none."
             )
+        _refuse_unread(config)
         options = advantage_options(config)
         advantages = outcome_advantages(
             token_level_rewards,
@@ -55,6 +60,30 @@ def _estimator(objective: str):
 
     estimate.__name__ = f"{PREFIX}{objective}"
     return estimate
+
+
+def _refuse_unread(algorithm: Any) -> None:
+    """`preflight.refuse_unread` on the configuration that `algorithm` is a part of, where it is verl's whole one."""
+    from omegaconf import DictConfig, OmegaConf
+
+    root = algorithm._get_root() if isinstance(algorithm, DictConfig) else None
+    if root is not None and all(OmegaConf.select(root, key) is not None for key in _OF_THE_WHOLE):
+        from composer_verl.preflight import refuse_unread
+
+        refuse_unread(root)
+
+
+def padding_rows(index: np.ndarray, response_mask: torch.Tensor) -> torch.Tensor:
+    """Return which rows verl added to fill the batch up before it asks for advantages: (B,) bool.
+
+    They have the reward 0, no response token and one uid of their own, `pad<hex>`. A row without tokens under another
+    uid is a rollout that rollout correction rejected: its reward was earned, so it stays in the deviation of the batch
+    as it stays in the mean of its group (verl's own `grpo` counts it too).
+
+    Source: verl/trainer/ppo/padding_utils.py `upsample_batch_to_divisible_size`.
+    """
+    named = torch.tensor([_PADDING_UID.match(str(uid)) is not None for uid in index], dtype=torch.bool)
+    return named.to(response_mask.device) & ~response_mask.bool().any(-1)
 
 
 def outcome_advantages(
@@ -74,7 +103,8 @@ def outcome_advantages(
         response_mask: (B, T), non-zero = counts.
         index: (B,), rollouts of one prompt share a value; any order, any group size.
         options: eps, ddof and singleton.
-        scale: "group" or "batch" divides by that standard deviation, "none" does not (Dr.GRPO).
+        scale: "group" or "batch" divides by that standard deviation (the batch's without verl's padding rows), "none"
+            does not (Dr.GRPO).
 
     Returns:
         (B, T), zero outside the mask.
@@ -96,5 +126,9 @@ def outcome_advantages(
             singleton=options.singleton,
         )
     if scale == "batch":
-        advantages = advantages / (rewards[~rewards.isnan()].double().std(correction=options.ddof) + options.eps)
+        counted = ~rewards.isnan() & ~padding_rows(index, response_mask)
+        values = rewards[counted].double()
+        # as in the core: too few values for a deviation are no signal
+        deviation = values.std(correction=options.ddof) if len(values) > options.ddof else torch.nan
+        advantages = (advantages / (deviation + options.eps)).nan_to_num(nan=0.0)
     return torch.where(mask, advantages[:, None].to(rewards.dtype), 0.0)

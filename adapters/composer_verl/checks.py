@@ -37,7 +37,7 @@ def check(config, section: ComposerConfig) -> None:
         ConfigError: options that contradict each other.
     """
     refuse_unsupported(section, channels=True)
-    _check_policy(config, section)
+    check_policy(config, section)
     _check_weight(config.actor_rollout_ref.actor, section.policy.weight)
     if section.monitor.grad_norms_every > 0 or section.monitor.token_view > 0:
         raise UnsupportedError(
@@ -107,25 +107,33 @@ def _refuse_shuffled(config) -> None:
         )
 
 
-def _check_policy(config, section: ComposerConfig) -> None:
-    """The loss mode and the section must name the same objective, with the same options."""
+def check_policy(config, section: ComposerConfig) -> None:
+    """Refuse options of `composer.policy` that the policy loss does not read.
+
+    The loss mode and the section must name the same objective, with the same options. Those of the advantage are the
+    estimator's (`preflight`).
+
+    Raises:
+        ConfigError: the policy loss would train with other options than the section says.
+    """
     loss = config.actor_rollout_ref.actor.policy_loss
     mode, named = loss.get("loss_mode", "vanilla"), section.policy.objective
     if not mode.startswith(PREFIX):
-        given = plain(config.get("composer", None) or {}).get("policy", {})
-        if {**given, "objective": "host", "weight": 1} != {"objective": "host", "weight": 1}:
+        given = plain(config.get("composer", None) or {}).get("policy") or {}
+        if unread := sorted(set(given) - {"objective", "weight", "advantage"}):
             raise ConfigError(
                 f"policy_loss.loss_mode {mode!r} is verl's own and reads no composer.policy (found "
-                f"{', '.join(sorted(given))}): set loss_mode: {PREFIX}{named}, or keep policy.objective: host and "
+                f"{', '.join(unread)}): set loss_mode: {PREFIX}{named}, or keep policy.objective: host and "
                 "policy.weight only."
             )
         return
     own: dict[str, Any] = plain(loss.get("composer", None) or {})
     named = {**own.get("policy", {}), "objective": mode.removeprefix(PREFIX)}
     seen = parse_section({**own, "policy": named}).policy
-    if seen != section.policy:
+    if seen.model_copy(update={"advantage": section.policy.advantage}) != section.policy:
         raise ConfigError(
             f"policy_loss.composer.policy (with loss_mode {mode}) is not composer.policy: the policy loss would train "
-            "with other options than the trainer reports. Set policy_loss.composer: ${composer} and "
+            "with other options than the section says. Set policy_loss.composer: ${composer} (with "
+            "policy_loss._target_: composer_verl.options.ComposerPolicyLossConfig) and "
             f"loss_mode: {PREFIX}${{composer.policy.objective}}."
         )

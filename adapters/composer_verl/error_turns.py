@@ -113,7 +113,8 @@ class HintSources:
                 found = self._failure(tool, text, flagged)
                 if found is not None and number not in hinted:
                     hinted[number] = (actions[number], "rollout", *found)
-        if "recorded" in self.sources and said.get("hint") and actions:
+        # every output of a session has the dataset's columns; the recorded state is the one that the first began with
+        if "recorded" in self.sources and said.get("hint") and actions and attempt.row.name[2] == 0:
             hinted[0] = (actions[0], "recorded", said["hint"], said.get("error_class"))
         if hinted:
             return list(hinted.values())
@@ -183,20 +184,26 @@ class HintSources:
         return True
 
     def _sibling_hints(self, attempts: list[Attempt]) -> list[str | None]:
-        """For each failed rollout, the first successful response of its group."""
+        """For each failed rollout, the solution of the first successful session of its group: its last output.
+
+        verl copies a session's final reward to all its outputs, and hands rows over in any order.
+        """
         threshold = self.config.hint.success_threshold
-        good: dict[str, list[int]] = {}
-        for number, attempt in enumerate(attempts):
-            if attempt.row.reward is not None and attempt.row.reward >= threshold:
-                good.setdefault(attempt.row.name[0], []).append(number)
+        good: dict[str, RolloutRow] = {}
+        for row in (attempt.row for attempt in attempts):
+            if row.reward is None or row.reward < threshold:
+                continue
+            uid, session, output = row.name
+            best = good.get(uid)
+            if best is None or (session, -output) < (best.name[1], -best.name[2]):
+                good[uid] = row
         hints: list[str | None] = []
         for attempt in attempts:
             found = good.get(attempt.row.name[0])
             failed = attempt.row.reward is not None and attempt.row.reward < threshold
             text = None
-            if found and failed:
-                ids = attempts[found[0]].row.response_ids
-                text = SIBLING_HINT.format(solution=self.tokenizer.decode(ids, skip_special_tokens=True))
+            if found is not None and failed:
+                text = SIBLING_HINT.format(solution=self.tokenizer.decode(found.response_ids, skip_special_tokens=True))
             hints.append(text)
         return hints
 

@@ -17,7 +17,7 @@ from composer_plugins.errors import UnsupportedError
 from composer_verl.checks import level_of
 from composer_verl.error_turns import Attempt, HintedTurn, HintSources
 from composer_verl.fields import SDPO_MASK, SDPO_TEACHER, SDPO_TOKENS, SDPO_TOPK_IDS, SDPO_TOPK_TEACHER
-from composer_verl.rollout_rows import FIELDS, RolloutRow, rows_of
+from composer_verl.rollout_rows import FIELDS, RolloutRow, rows_of, unwrapped
 from composer_verl.rollouts import reader_of
 from composer_verl.teachers import Teacher, lora, ranks_of
 
@@ -150,7 +150,7 @@ def attempts_of(rows: list[RolloutRow], data: Any) -> list[Attempt]:
     columns = {name: list(data[name]) for name in TEXTS if name in data.keys()}  # noqa: SIM118
     found = []
     for i, row in enumerate(rows):
-        own = {name: getattr(values[i], "data", values[i]) for name, values in columns.items()}
+        own = {name: unwrapped(values[i]) for name, values in columns.items()}
         found.append(Attempt(row, said_about(row, own), None if kept is None else [bool(m) for m in kept[i]]))
     return found
 
@@ -167,7 +167,7 @@ def said_about(row: RolloutRow, columns: dict[str, Any]) -> dict[str, str]:
     found = {name: recorded.get(name) for name in ("hint", "error", "error_class")}
     found["feedback"] = reward.get("feedback") or row.extra.get("feedback") or columns.get("feedback")
     found["advice"] = reward.get("hint") or row.extra.get("hint")
-    return {name: text for name, text in found.items() if isinstance(text, str) and text.strip()}
+    return {name: str(text) for name, text in found.items() if isinstance(text, str) and text.strip()}
 
 
 def sdpo_fields(lengths: list[int], turns: list[HintedTurn], log_probs: list[torch.Tensor], mini_batch: list[int]):

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from composer_plugins.channels.levels import SignalLevel
-from composer_plugins.config import AdvantageConfig
 from composer_plugins.errors import ComposerError, ConfigError
 from composer_verl.preflight import check_config
 
@@ -171,7 +170,7 @@ def _section(config) -> list[str]:
     from verl.utils.config import omega_conf_to_dataclass
 
     from composer_verl.policy_losses import constant_length
-    from composer_verl.section import PREFIX, advantage_options, plain, policy_options
+    from composer_verl.section import PREFIX, policy_options
 
     mode = str(_select(config, "actor_rollout_ref.actor.policy_loss.loss_mode"))
     if not mode.startswith(PREFIX):
@@ -181,19 +180,6 @@ def _section(config) -> list[str]:
     options, aggregation = policy_options(actor, name)
     if aggregation == "objective":
         constant_length(name, options)
-    advantage = advantage_options(config.algorithm)
-    section = plain(getattr(actor.policy_loss, "composer", None) or {})
-    estimator = str(_select(config, "algorithm.adv_estimator"))
-    if not estimator.startswith(PREFIX) and options.advantage != AdvantageConfig():
-        return [
-            f"composer.policy.advantage has no effect on verl's own algorithm.adv_estimator={estimator}: set it to "
-            f"{mode}, or take the key out."
-        ]
-    if section and options.advantage != advantage:
-        return [
-            "policy_loss.composer.policy.advantage is not what the advantage estimator reads: set "
-            "algorithm.composer.policy.advantage to the same (`algorithm.composer: ${composer}`)."
-        ]
     return []
 
 

@@ -40,7 +40,8 @@ def weigh_by_tokens(metrics: dict[str, Any], rows, data) -> dict[str, Any]:
     """Turn verl's means over micro-batches into means over response tokens, which pair rows do not change.
 
     verl takes the plain mean over micro-batches and wants as many values from every rank, so a micro-batch of pairs
-    only would count as one with the value 0.
+    only would count as one with the value 0. Tokens are those of `loss_mask`, which verl's own total counts; rollout
+    correction takes rejected tokens out of `response_mask` alone.
 
     Args:
         metrics: of `ppo_loss` over `rows`.
@@ -49,7 +50,7 @@ def weigh_by_tokens(metrics: dict[str, Any], rows, data) -> dict[str, Any]:
     """
     from verl.utils.metric import AggregationType, Metric
 
-    share = float(rows["response_mask"].values().sum()) / max(data["batch_num_tokens"], 1) * data["dp_size"]
+    share = float(rows["loss_mask"].values().sum()) / max(data["batch_num_tokens"], 1) * data["dp_size"]
     weighed = {}
     for name, metric in metrics.items():
         if isinstance(metric, Metric) and metric.aggregation is AggregationType.MEAN:

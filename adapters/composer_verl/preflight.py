@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from composer_plugins.config import ComposerConfig
+from composer_plugins.config import AdvantageConfig, ComposerConfig, parse_section
 from composer_plugins.errors import ComposerError, ConfigError
 from composer_verl import outer
-from composer_verl.section import PREFIX, knows_channels, logger, plain, refuse_channels
+from composer_verl.section import PREFIX, advantage_options, knows_channels, logger, plain, refuse_channels
 
 #: verl's engines on which the channels were made to work; `composer_fsdp2` is ours (a moving average beside fsdp2).
 ENGINES = ("fsdp", "fsdp2", "composer_fsdp2")
@@ -32,29 +32,47 @@ def check_config(config: Any) -> list[str]:
         return str(error).splitlines()
     _remark_unused_hints(config, section)
     if not knows_channels(config.trainer.v1.trainer_mode):
-        found = [*refuse_channels(section), *_objective(config, section), *_unread(config, section)]
-        return [*found, *outer.problems(config)]
-    found = outer.problems(config)
+        return [*refuse_channels(section), *_ask(STOCK, config, section), *outer.problems(config)]
     _remark_precision(config, section)
-    for look in (check, _objective, _engine, _hint_sources, _pairs):
+    looks = (check, _objective, _advantage, _engine, _hint_sources, _pairs)
+    return list(dict.fromkeys([*outer.problems(config), *_ask(looks, config, section)]))
+
+
+def refuse_unread(config: Any) -> None:
+    """Raise when a run on one of verl's own trainers would leave options of `composer.policy` unread.
+
+    For runs that are started with `main_ppo`, where the first part of ours that sees the whole configuration is the
+    advantage estimator. `ComposerTrainer` has checked all of it by then.
+
+    Args:
+        config: verl's whole configuration (DictConfig).
+
+    Raises:
+        ConfigError: as `check_config` says it.
+    """
+    from composer_verl.checks import section_of
+
+    if knows_channels(config.trainer.v1.trainer_mode):
+        return
+    if found := _ask(STOCK, config, section_of(config)):
+        raise ConfigError("This configuration would not train what it says:\n" + "\n".join(found))
+
+
+def _ask(looks, config: Any, section: ComposerConfig) -> list[str]:
+    """Everything that the given checks say, whether they return it or raise."""
+    found = []
+    for look in looks:
         try:
             found += look(config, section) or []
         except ComposerError as error:
             found += str(error).splitlines()
-    return list(dict.fromkeys(found))
-
-
-def refuse_wrong(config: Any) -> None:
-    """Raise `ConfigError` with everything that `check_config` finds."""
-    found = check_config(config)
-    if found:
-        raise ConfigError("This configuration would not train what it says:\n" + "\n".join(found))
+    return found
 
 
 def _objective(config: Any, section: ComposerConfig) -> list[str]:
     """An objective that the section names must be the one that the policy loss trains."""
     mode = str(config.actor_rollout_ref.actor.policy_loss.loss_mode)
-    named = (plain(config.get("composer", None) or {}).get("policy") or {}).get("objective", "host")
+    named = _given(config).get("objective", "host")
     if section.policy.weight == 0 or named == "host" or mode == PREFIX + named:
         return []
     return [
@@ -64,18 +82,61 @@ def _objective(config: Any, section: ComposerConfig) -> list[str]:
 
 
 def _unread(config: Any, section: ComposerConfig) -> list[str]:
-    """On verl's own trainers `composer.policy` reaches the policy losses of ours only."""
+    """On verl's own trainers `composer.policy` reaches the policy losses of ours only, and those that are given it.
+
+    Raises:
+        ConfigError: `policy_loss.composer` says something else.
+    """
+    from composer_verl.checks import check_policy
+
     mode = str(config.actor_rollout_ref.actor.policy_loss.loss_mode)
-    given = plain(config.get("composer", None) or {}).get("policy") or {}
-    unread = sorted(key for key in given if key not in ("objective", "weight")) + ["weight"] * (
-        section.policy.weight != 1
-    )
-    if mode.startswith(PREFIX) or not unread:
+    given = _given(config)
+    if mode.startswith(PREFIX):
+        name = mode.removeprefix(PREFIX)
+        if set(given) - {"objective"} and given.get("objective", "host") in ("host", name):  # else `_objective` says it
+            whole = plain(config.get("composer", None) or {})
+            check_policy(config, parse_section({**whole, "policy": {**given, "objective": name}}))
+        return []
+    unread = sorted(key for key in given if key not in ("objective", "weight", "advantage"))
+    unread += ["weight"] * (section.policy.weight != 1)
+    if not unread:
         return []
     return [
         f"composer.policy ({', '.join(unread)}) has no effect on verl's own loss_mode={mode} and trainer: set "
         f"actor_rollout_ref.actor.policy_loss.loss_mode={PREFIX}<objective>, or take it out."
     ]
+
+
+def _advantage(config: Any, section: ComposerConfig) -> list[str]:
+    """`policy.advantage` must be what the advantage estimator reads, which is `algorithm.composer`."""
+    estimator, where, wanted = str(config.algorithm.adv_estimator), "composer", section.policy.advantage
+    read = advantage_options(config.algorithm) if estimator.startswith(PREFIX) else None
+    if not set(_given(config)) - {"objective"}:
+        where = "policy_loss.composer"
+        own = plain(config.actor_rollout_ref.actor.policy_loss.get("composer", None) or {})
+        if not own:
+            return []
+        wanted = parse_section(own).policy.advantage
+    if wanted == (AdvantageConfig() if read is None else read):
+        return []
+    if read is None:
+        return [
+            f"{where}.policy.advantage has no effect on verl's own algorithm.adv_estimator={estimator}: set it to "
+            f"{PREFIX}<objective>, or take the key out."
+        ]
+    return [
+        f"{where}.policy.advantage is not what the advantage estimator reads: set algorithm.composer.policy.advantage to "
+        "the same (`algorithm.composer: ${composer}`)."
+    ]
+
+
+#: What is asked about `composer.policy` on verl's own trainers.
+STOCK = (_objective, _unread, _advantage)
+
+
+def _given(config: Any) -> dict[str, Any]:
+    """What the run says under `composer.policy`."""
+    return plain(config.get("composer", None) or {}).get("policy") or {}
 
 
 def _engine(config: Any, section: ComposerConfig) -> list[str]:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from composer_plugins.traces.model_fields import number_or_none
 
 #: What a row of TransferQueue has that the export wants. verl passes over those that a run does not have.
@@ -55,7 +57,7 @@ class RolloutRow:
     def feedback(self) -> str | None:
         """What the reward function said in words, if it did."""
         said = (self.extra.get("reward_extra_info") or {}).get(FEEDBACK_KEY)
-        return said if isinstance(said, str) and said.strip() else None
+        return str(said) if isinstance(said, str) and said.strip() else None
 
 
 def rows_of(batch: Any, data: Any) -> list[RolloutRow]:
@@ -86,6 +88,16 @@ def rows_of(batch: Any, data: Any) -> list[RolloutRow]:
     return rows
 
 
+def unwrapped(value: Any) -> Any:
+    """Return what a row of a column that is no tensor holds; a NumPy string as a string.
+
+    TransferQueue gives such values bare or as `NonTensorData`. NumPy's have an attribute `data` too: their memory.
+    """
+    if isinstance(value, str):
+        return str(value)
+    return value if isinstance(value, np.generic | np.ndarray) else getattr(value, "data", value)
+
+
 def _columns(data: Any, size: int) -> Callable[[str, int], Any]:
     """Return a getter (field, row) → list of numbers for tensors, the object itself for the others, None if absent."""
     import torch
@@ -99,7 +111,7 @@ def _columns(data: Any, size: int) -> Callable[[str, int], Any]:
                 parts = values.unbind() if values.is_nested else values
                 cache[name] = [part.tolist() for part in parts]
             else:
-                cache[name] = [getattr(value, "data", value) for value in values]
+                cache[name] = [unwrapped(value) for value in values]
         return cache[name][row]
 
     return get

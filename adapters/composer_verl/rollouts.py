@@ -149,7 +149,9 @@ def _extra(row: RolloutRow, step: int) -> dict[str, Any]:
 
 def plain_value(value: Any) -> Any:
     """Turn what datasets and reward functions hold (NumPy, tensors, tuples) into what JSON can hold."""
-    if value is None or isinstance(value, bool | int | str):
+    if isinstance(value, str):
+        return str(value)  # a NumPy string too
+    if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, float):
         return number_or_none(value)

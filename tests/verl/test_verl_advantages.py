@@ -127,6 +127,58 @@ def test_scale_and_batch_deviation_of_the_section(rollouts):
     torch.testing.assert_close(group, ours("composer_grpo", *rollouts))
 
 
+@pytest.fixture
+def padded(monkeypatch):
+    """Have verl itself fill a batch of rewards up: (token rewards, response mask, uids) with its padding rows."""
+    import torch
+    from transfer_queue import KVBatchMeta
+    from verl.trainer.ppo import padding_utils
+
+    def fill(rewards, multiple):
+        rows = torch.zeros(len(rewards), 3)
+        rows[:, -1] = torch.tensor(rewards)
+        mask, uids = torch.ones(len(rewards), 3), [f"uid-{i // 2}" for i in range(len(rewards))]
+        source = {"uid": uids[0], "prompts": torch.tensor([1]), "responses": torch.tensor([1, 2, 3]),
+                  "response_mask": mask[0], "rm_scores": rows[0]}  # fmt: skip
+        put = {}
+        monkeypatch.setattr(padding_utils.tq, "kv_batch_get", lambda keys, partition_id: [source])
+        monkeypatch.setattr(padding_utils.tq, "kv_batch_put", lambda **given: put.update(given))
+        keys = [f"{uid}_{i % 2}_0" for i, uid in enumerate(uids)]
+        batch = KVBatchMeta(keys=keys, tags=[{} for _ in keys], partition_id="train")
+        size = len(padding_utils.upsample_batch_to_divisible_size(batch, multiple, 0))
+        more = list(put["fields"]["uid"])
+        assert size == len(rewards) + len(more) == multiple
+        empty = torch.zeros(len(more), 3)
+        return torch.cat([rows, empty]), torch.cat([mask, empty]), np.array([*uids, *more], dtype=object)
+
+    return fill
+
+
+def test_verls_padding_rows_are_not_in_the_deviation_of_the_batch(padded):
+    rewards, mask, uids = padded([1.0, 0.0, 1.0, 1.0], 8)
+    batch = {"policy": {"advantage": {"scale": "batch"}}}
+    got = ours("composer_dr_grpo", rewards, mask, uids, batch).numpy()
+    expected = np.array([0.5, -0.5, 0.0, 0.0]) / (np.std([1, 0, 1, 1], ddof=1) + 1e-4)
+    np.testing.assert_allclose(got[:4, 0], expected, rtol=1e-6)
+    assert not got[4:].any()
+
+
+def test_one_rollout_among_padding_rows_has_no_deviation_and_gets_zero(padded):
+    rewards, mask, uids = padded([1.0], 4)
+    for singleton in ("zero", "reward"):
+        options = {"policy": {"advantage": {"scale": "batch", "singleton": singleton}}}
+        assert not ours("composer_dr_grpo", rewards, mask, uids, options).any()
+
+
+def test_a_rollout_whose_tokens_were_all_rejected_stays_in_the_deviation_as_in_its_groups_mean(padded):
+    """Rollout correction takes its tokens out of the mask; its reward was earned like the others'."""
+    rewards, mask, uids = padded([1.0, 0.0, 1.0, 1.0], 8)
+    mask[1] = 0
+    got = ours("composer_dr_grpo", rewards, mask, uids, {"policy": {"advantage": {"scale": "batch"}}}).numpy()
+    np.testing.assert_allclose(got[0], 0.5 / (np.std([1, 0, 1, 1], ddof=1) + 1e-4), rtol=1e-6)
+    assert not got[1].any()
+
+
 def test_unknown_keys_and_missing_uids_are_refused(rollouts):
     rewards, mask, uids = rollouts
     with pytest.raises(ConfigError, match=r"Unknown key `composer.policy.advantage.epsilon`"):

@@ -227,6 +227,29 @@ def test_resuming_from_a_named_checkpoint_looks_beside_it(build, tmp_path):
     assert build({}, *override)._run_folder() == first
 
 
+def test_tokens_that_rollout_correction_rejects_do_not_shrink_the_policys_metrics():
+    """verl's `batch_num_tokens` counts `loss_mask`; `response_mask` has lost the rejected tokens by then."""
+    import torch
+    from composer_verl.pair_loss import weigh_by_tokens
+    from tensordict import TensorDict
+    from verl.utils import tensordict_utils as tu
+    from verl.utils.metric import AggregationType, Metric
+
+    def nested(*rows):
+        return torch.nested.as_nested_tensor([torch.tensor(row) for row in rows], layout=torch.jagged)
+
+    loss, kept = nested([1, 1, 0, 1], [1, 1], [1]), nested([1, 0, 0, 0], [0, 0], [1])
+    data = TensorDict({"loss_mask": loss, "response_mask": kept}, batch_size=3)
+    tu.assign_non_tensor(data, batch_num_tokens=float(loss.values().sum()), dp_size=2)
+    shares = []
+    for rows in ([0, 1], [2]):
+        part = tu.index_select_tensor_dict(data, rows)
+        metrics = weigh_by_tokens({"m": Metric(AggregationType.MEAN, 3.0), "s": 5.0}, part, data)
+        assert metrics["m"].aggregation is AggregationType.SUM and metrics["s"] == 5.0
+        shares.append(metrics["m"].aggregate())
+    assert shares == [pytest.approx(5.0), pytest.approx(1.0)]  # 3 x 5/6 and 3 x 1/6, on two ranks
+
+
 def test_a_pair_row_is_neutral_for_everything_else(build, tokenizer):
     import torch
     from composer_verl.pair_fields import RowMaker, Side

@@ -3,6 +3,7 @@
 import asyncio
 import importlib.util
 import os
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -19,12 +20,13 @@ from composer_verl.error_turns import Attempt, HintedTurn, HintSources, classify
 from composer_verl.fields import SDPO_MASK, SDPO_TEACHER, SDPO_TOKENS
 from composer_verl.hinted_rows import attempts_of, mini_batch_of, said_about, sdpo_fields
 from composer_verl.rollout_rows import RolloutRow, rows_of
+from composer_verl.rollouts import plain_value
 from composer_verl.teachers import deal, hinted_batch
 from composer_verl.turns import TurnReader
 
 from composer_plugins.config import SDPOConfig, parse_section
 from composer_plugins.errors import ModelError
-from composer_plugins.hints.turns import FEEDBACK_HINT
+from composer_plugins.hints.turns import FEEDBACK_HINT, SIBLING_HINT
 from composer_plugins.traces.schema import Status
 
 model = pytest.mark.model
@@ -212,6 +214,65 @@ def test_a_successful_sibling_of_the_same_group(loop, sources, tokenizer):
     group = [attempt("a_0_0", 0.0), attempt("a_1_0", 1.0), attempt("b_0_0", 0.0)]
     (turn,) = sources(hint={"sources": ["sibling"]}).turns(group)
     assert turn.attempt == 0 and "Answer a_1_0." in turn.hint
+
+
+def outputs(rewards, texts, **said):
+    """Attempts by key `{uid}_{session}_{output}`, without a tokenizer: the ids of a text are its characters."""
+    found = []
+    for key, text in texts.items():
+        ids = [ord(c) for c in text]
+        row = RolloutRow(key, {}, [1], ids, [1] * len(ids), rewards[key.rsplit("_", 1)[0]], [])
+        found.append(Attempt(row, dict(said)))
+    return found
+
+
+@pytest.fixture
+def bare_sources():
+    """Hint sources whose self-teacher reads the hint as characters; no model, no chat template."""
+
+    def build(source):
+        found = HintSources.__new__(HintSources)
+        found.config = SDPOConfig(weight=1, hint={"sources": [source]})
+        found.sources, found.counts, found.max_tokens = {source}, Counter(), 10_000
+        found.tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: "".join(map(chr, ids)))
+        found.splicer = SimpleNamespace(splice=lambda ids, hint: [*ids, *map(ord, hint)])
+        return found
+
+    return build
+
+
+def test_a_recorded_hint_is_for_the_first_action_of_a_session_not_of_each_of_its_outputs(bare_sources):
+    """verl makes one row per output of an agent loop and gives the columns of the dataset's row to each."""
+    texts = {"a_0_1": "second", "a_0_0": "first", "a_1_0": "other", "a_1_1": "its second"}
+    turns = bare_sources("recorded").turns(outputs({"a_0": 0.0, "a_1": 0.0}, texts, hint="look"))
+    assert [turn.attempt for turn in turns] == [1, 2]
+
+
+def test_the_last_output_of_a_successful_session_is_its_solution(bare_sources):
+    """verl copies the final reward to all outputs of a session, and balancing puts rows into any order."""
+    rewards = {"a_0": 0.0, "a_1": 1.0, "a_2": 1.0}
+    texts = {"a_2_0": "third", "a_1_0": "a plan", "a_0_0": "failed", "a_1_10": "the solution", "a_1_2": "a step"}
+    (turn,) = bare_sources("sibling").turns(outputs(rewards, texts))
+    assert turn.attempt == 2 and turn.hint == SIBLING_HINT.format(solution="the solution")
+
+
+def test_texts_that_come_as_numpy_strings_are_texts():
+    """A colocated reward function's columns: `np.str_` has a `data` of its own, a view of its bytes."""
+    import torch
+    from tensordict import NonTensorData
+
+    texts = np.array(["two tests fail", ""])
+    said = {"feedback": list(texts), "hint": [NonTensorData("a"), NonTensorData("")], "extra_info": [{}, {}],
+            "reward_model": [np.str_("r"), np.array([1, 2])]}  # fmt: skip
+    tensors = {name: torch.tensor([[1], [1]]) for name in ("prompts", "responses", "response_mask", "rm_scores")}
+    rows = rows_of(SimpleNamespace(keys=["a_0_0", "a_1_0"], tags=[{}, {}]), {**tensors, **said})
+    assert type(rows[0].columns["reward_model"]) is str and rows[1].columns["reward_model"].tolist() == [1, 2]
+    nested = {name: torch.nested.as_nested_tensor(list(t), layout=torch.jagged) for name, t in tensors.items()}
+    first, second = attempts_of(rows, {**nested, **said})
+    assert first.said == {"feedback": "two tests fail", "hint": "a"} and second.said == {}
+    assert all(type(text) is str for text in first.said.values())
+    row = RolloutRow("k", {}, [], [], [], 0.0, [], extra={"reward_extra_info": {"feedback": np.str_("f")}})
+    assert type(row.feedback) is str and type(plain_value({"a": np.str_("x")})["a"]) is str
 
 
 def test_verls_own_error_texts_are_errors():

@@ -78,6 +78,89 @@ def test_policy_options_that_verls_own_trainer_and_loss_would_not_read_are_said(
     assert "objective is dr_grpo" in found[0] and "composer.policy (clip_low, weight) has no effect" in found[1]
 
 
+#: A user's own configuration on verl's stock trainer: losses of ours that are not pointed at the section.
+POINTED = ["actor_rollout_ref.actor.policy_loss.composer=${composer}", "algorithm.composer=${composer}"]
+ALONE = ["actor_rollout_ref.actor.policy_loss.composer={}", "algorithm.composer=null"]
+DAPO = ["composer.policy.objective=dapo"]
+LOSS, ESTIMATOR = (
+    "policy_loss.composer.policy (with loss_mode composer_dapo) is not",
+    "what the advantage estimator reads",
+)
+
+
+@pytest.mark.parametrize("trainer", ["sync", "composer"])
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([], []),
+        (["+composer.policy.clip_high=0.4"], [LOSS]),
+        (["+composer.policy.weight=0.5"], [LOSS]),
+        (["+composer.policy.advantage={scale: group}"], [ESTIMATOR]),
+        (["+composer.policy.clip_high=0.4", "+composer.policy.advantage={scale: group}"], [LOSS, ESTIMATOR]),
+    ],
+    ids=str,
+)
+def test_losses_of_ours_that_are_not_pointed_at_the_section_are_said(trainer, given, said):
+    """Else the run would train with the paper's clips, weight 1 and the default advantage, on any trainer."""
+    overrides = [*DAPO, *given, f"trainer.v1.trainer_mode={trainer}"]
+    assert check_config(compose(POLICY, [*overrides, *POINTED])) == []
+    found = check_config(compose(POLICY, [*overrides, *ALONE]))
+    assert len(found) == len(said) and all(text in line for text, line in zip(said, found, strict=True)), found
+
+
+def test_what_the_two_readers_are_told_themselves_is_read():
+    """Options at the readers alone, without `composer.policy`; and loss options that leave the advantage to its reader."""
+    bare = [*ALONE, "~composer", "actor_rollout_ref.actor.policy_loss.loss_mode=composer_dapo",
+            "algorithm.adv_estimator=composer_dapo"]  # fmt: skip
+    clip = ["+actor_rollout_ref.actor.policy_loss.composer.policy.clip_high=0.4"]
+    assert check_config(compose(POLICY, bare)) == [] and check_config(compose(POLICY, [*bare, *clip])) == []
+    scale = ["+composer.policy.advantage={scale: group}", "algorithm.composer=${composer}"]
+    assert check_config(compose(POLICY, [*DAPO, ALONE[0], *scale])) == []
+    unnamed = ["~composer.policy.objective", "+composer.policy.clip_high=0.4", *bare[3:], *POINTED]
+    assert check_config(compose(POLICY, unnamed)) == []
+
+
+def test_verls_own_loss_needs_no_objective_in_the_section_and_may_have_an_advantage_of_ours():
+    """On both trainers: `composer.policy` left out, or with the options of the estimator only."""
+    own = ["~actor_rollout_ref.actor.policy_loss", "+actor_rollout_ref.actor.policy_loss.loss_mode=vanilla",
+           "algorithm.adv_estimator=composer_grpo"]  # fmt: skip
+    scale = ["composer.policy.objective=host", "+composer.policy.advantage={scale: batch}"]
+    for trainer in ("sync", "composer"):
+        mode = f"trainer.v1.trainer_mode={trainer}"
+        assert check_config(compose(POLICY, [*own, "~composer.policy.objective", mode])) == []
+        assert check_config(compose(POLICY, [*own, *scale, mode])) == []
+        found = check_config(compose(POLICY, [*own, *scale, "algorithm.composer=null", mode]))
+        assert len(found) == 1 and ESTIMATOR in found[0]
+
+
+def test_an_estimator_of_verls_own_that_reads_no_advantage_is_said_by_the_trainer_too():
+    overrides = ["+composer.policy.advantage={scale: group}", "algorithm.adv_estimator=grpo"]
+    for trainer in ("sync", "composer"):
+        found = check_config(compose(POLICY, [*overrides, f"trainer.v1.trainer_mode={trainer}"]))
+        assert len(found) == 1 and "no effect on verl's own algorithm.adv_estimator=grpo" in found[0], found
+
+
+def test_verls_stock_trainer_raises_the_same_when_it_asks_for_the_first_advantages():
+    """`main_ppo` without `composer-rl`: the estimator is given `config.algorithm` and finds the whole configuration."""
+    import cloudpickle
+    import torch
+    from omegaconf import OmegaConf
+    from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+
+    def ask(overrides):
+        config = cloudpickle.loads(cloudpickle.dumps(compose(POLICY, overrides)))  # as Ray hands it to verl's task
+        OmegaConf.resolve(config)  # as verl's task does
+        return get_adv_estimator_fn("composer_dapo")(
+            token_level_rewards=torch.eye(2), response_mask=torch.ones(2, 2), index=["a", "a"], config=config.algorithm
+        )
+
+    given = [*DAPO, "+composer.policy.clip_high=0.4", "+composer.policy.advantage={scale: group}"]
+    with pytest.raises(ConfigError) as raised:
+        ask([*given, *ALONE])
+    assert LOSS in str(raised.value) and ESTIMATOR in str(raised.value)
+    ask([*given, *POINTED])
+
+
 def test_the_recipe_as_it_is_has_no_problem():
     assert check_config(compose(SDPO)) == []
 
