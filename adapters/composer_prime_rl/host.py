@@ -51,18 +51,16 @@ class PrimeRLHost:
         """Run prime-rl's own `rl` launcher on a recipe and return its output folder.
 
         Raises:
-            ConfigError: the recipe is wrong or an overlay without its base; nothing was started.
+            ConfigError: the recipe, with its base and overrides, is wrong or incomplete; nothing was started.
             ComposerError: prime-rl is not installed, or ended with another exit code than 0.
         """
         arguments = command_line(recipe, overrides or [])
         if output_dir is not None:
             arguments += ["--output-dir", str(output_dir.absolute())]
         data = read_toml(recipe)
-        found = section_problems(data)
-        if found:
-            raise ConfigError(f"{recipe}:\n" + "\n".join(found))
-        launcher = _launcher(names_our_algorithm(data))
-        if launcher is None:
+        if not overrides:  # else only the whole says whether the parts agree
+            _refuse(recipe, section_problems(data))
+        if _launcher(names_our_algorithm(data)) is None:
             raise ComposerError(
                 "prime-rl's `rl` launcher is not in this environment. Install composer-plugins into prime-rl's "
                 f"(docs/how-to/prime-rl.md) and run there: rl {_shown(arguments)}"
@@ -73,8 +71,10 @@ class PrimeRLHost:
                 f"{recipe} is an overlay: prime-rl's own keys (model, orchestrator) are missing. Put it on top of your "
                 f"configuration with --set @=your_base.toml, or run: rl {_shown(arguments)}"
             )
-        if found:
-            raise ConfigError(f"{recipe}:\n" + "\n".join(found))
+        _refuse(recipe, found)
+        runs = config.model_dump(mode="json")  # base, recipe and overrides, merged by prime-rl itself
+        _refuse(recipe, section_problems(runs))
+        launcher = _launcher(names_our_algorithm(runs))
         code = subprocess.run([*launcher, *arguments]).returncode
         if code != 0:
             raise ComposerError(f"prime-rl ended with exit code {code}; its own messages are above.")
@@ -132,6 +132,11 @@ def command_line(recipe: Path, overrides: list[str]) -> list[str]:
         else:
             flags += [f"--{key}", value]
     return [*bases, "@", str(recipe), *flags]
+
+
+def _refuse(recipe: Path, problems: list[str]) -> None:
+    if problems:
+        raise ConfigError(f"{recipe}:\n" + "\n".join(problems))
 
 
 def _launcher(with_our_algorithm: bool) -> list[str] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,13 @@ from composer_plugins.errors import ComposerError, ConfigError
 IMPORT_PATH = "composer_prime_rl.loss.composer_loss"
 #: The id of our environment and of our taskset.
 ENV_ID = "composer-prime-rl"
+#: Where the loss's own section stands.
+LOSS = "trainer.loss.kwargs"
+#: What gives a channel its tokens, said where it is missing.
+_GIVERS = {
+    "sdpo": f'no source is wrapped (env.id = "{ENV_ID}" with composer.sdpo)',
+    "replay_dpo": f'no source plays pairs (env.taskset.id = "{ENV_ID}" with composer.replay_dpo)',
+}
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -45,13 +52,15 @@ def section_problems(data: dict[str, Any]) -> list[str]:
             f"import_path {loss.get('import_path')!r}.",
         ]
     kwargs = _table(loss, "kwargs")
-    options = _checked(lambda: loss_options(kwargs), "trainer.loss.kwargs", problems)
+    options = _checked(lambda: loss_options(kwargs), LOSS, problems)
+    places = {LOSS: options}
     for where, table in our_tables(data):
         section = {key: table[key] for key in ("composer", "sdpo_route") if key in table}
-        found = _checked(lambda section=section: loss_options(section), where, problems)
-        if options is not None and found is not None and found.composer.sdpo.weight > 0:
-            problems += _disagreements(where, found, options)
-    return problems
+        places[where] = _checked(lambda section=section: loss_options(section), where, problems)
+    for where, found in places.items():
+        if options is not None and found is not None and where != LOSS:
+            problems += _disagreements(where, _given_by(where, places), found, options)
+    return problems if None in places.values() else problems + _not_given(data, places)
 
 
 def our_tables(data: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -59,10 +68,7 @@ def our_tables(data: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     orchestrator = _table(data, "orchestrator")
     if _table(orchestrator, "algo").get("type") == "composer":
         yield "orchestrator.algo", orchestrator["algo"]
-    sources = _table(orchestrator, "train").get("source", [])
-    for number, source in enumerate(sources if isinstance(sources, list) else []):
-        if not isinstance(source, dict):
-            continue
+    for number, source in enumerate(_sources(data)):
         where = f"orchestrator.train.source.{number}"
         env, taskset, algo = _table(source, "env"), _table(source, "env", "taskset"), _table(source, "algo")
         if algo.get("type") == "composer":
@@ -78,26 +84,69 @@ def names_our_algorithm(data: dict[str, Any]) -> bool:
     return any(where.endswith("algo") for where, _ in our_tables(data))
 
 
-def _disagreements(where: str, source: Any, loss: Any) -> list[str]:
+def _sources(data: dict[str, Any]) -> list[dict[str, Any]]:
+    sources = _table(data, "orchestrator", "train").get("source", [])
+    return [source if isinstance(source, dict) else {} for source in sources] if isinstance(sources, list) else []
+
+
+def _given_by(where: str, places: Container[str]) -> str | None:
+    """The channel that a table of ours gives to the run; an environment that plays pairs stamps nothing."""
+    if where.endswith(".taskset"):
+        return "replay_dpo"
+    return None if where == LOSS or f"{where}.taskset" in places else "sdpo"
+
+
+def _not_given(data: dict[str, Any], places: dict[str, Any]) -> list[str]:
+    """Channels that a section of the recipe weighs and that none of its sources gives: they would train nothing.
+
+    Without sources it is an overlay, or a trainer that gets its pairs from `composer_prime_rl.pair_sender`.
+    """
+    sources, problems = _sources(data), []
+    unused = {"orchestrator.algo"} if all(_table(source, "algo") for source in sources) else set()
+    foreign = any(_table(source, "env").get("id") not in (None, "", ENV_ID) for source in sources)
+    for channel, wanted in _GIVERS.items():
+        asking = [where for where, found in places.items() if getattr(found.composer, channel).weight > 0]
+        given = any(_given_by(where, places) == channel for where in asking if where not in unused)
+        if channel == "sdpo" and foreign and places[LOSS].sdpo_route == "loss":
+            given = True  # perhaps by an environment of the user's own: the loss watches whether references come
+        if sources and asking and not given:
+            problems.append(
+                f"{asking[0]}.composer.{channel}.weight is above 0, but {wanted}, so the channel would train nothing: add "
+                "one (docs/how-to/prime-rl.md), or set the weight to 0."
+            )
+    return problems
+
+
+def _disagreements(where: str, channel: str | None, source: Any, loss: Any) -> list[str]:
+    """What a table that gives `channel` says otherwise than the loss's section."""
+    if channel is None:
+        return []
+    weight, own = (getattr(options.composer, channel).weight for options in (loss, source))
+    if own == 0:
+        return []
+    if channel == "sdpo" and (problems := _routes(where, source, loss)):
+        return problems
+    if weight in (0, own):
+        return []
+    return [
+        f"{where}.composer.{channel}.weight is {own} and {LOSS}.composer.{channel}.weight is {weight}: set both to the same."
+    ]
+
+
+def _routes(where: str, source: Any, loss: Any) -> list[str]:
     """A source that stamps for one route while the loss expects another counts channel 2 twice, or never."""
-    problems = []
     weight = loss.composer.sdpo.weight
     if source.sdpo_route != loss.sdpo_route and (weight > 0 or source.sdpo_route == "loss"):
-        problems.append(
-            f"{where}.sdpo_route is {source.sdpo_route} and trainer.loss.kwargs.sdpo_route is {loss.sdpo_route}: channel 2 "
-            f"would count {'twice' if loss.sdpo_route == 'loss' else 'nowhere'}; set both to the same."
-        )
-    elif source.sdpo_route == "loss" and weight == 0:
-        problems.append(
-            f"{where} scores hinted turns for sdpo_route: loss, but trainer.loss.kwargs.composer.sdpo.weight is 0, so they "
-            "would count nowhere; set it, or use ref_kl."
-        )
-    elif weight not in (0, source.composer.sdpo.weight):
-        problems.append(
-            f"{where}.composer.sdpo.weight is {source.composer.sdpo.weight} and trainer.loss.kwargs.composer.sdpo.weight "
-            f"is {weight}: set both to the same."
-        )
-    return problems
+        return [
+            f"{where}.sdpo_route is {source.sdpo_route} and {LOSS}.sdpo_route is {loss.sdpo_route}: channel 2 would count "
+            f"{'twice' if loss.sdpo_route == 'loss' else 'nowhere'}; set both to the same."
+        ]
+    if source.sdpo_route == "loss" and weight == 0:
+        return [
+            f"{where} scores hinted turns for sdpo_route: loss, but {LOSS}.composer.sdpo.weight is 0, so they would count "
+            "nowhere; set it, or use ref_kl."
+        ]
+    return []
 
 
 def _outer(text: Any) -> None:

@@ -104,6 +104,12 @@ def refuse_unsupported(options: LossOptions) -> None:
     section = options.composer
     problems = [*_policy_problems(options), *_sdpo_problems(options)]
     problems += [
+        f"composer.monitor.{name} is not available on prime-rl (a loss sees one sample, and no report reads prime-rl's runs); "
+        "set it to 0."
+        for name in ("grad_norms_every", "token_view")
+        if getattr(section.monitor, name) > 0
+    ]
+    problems += [
         f"composer.channels.{name}: plugins' channels do not run on prime-rl yet; take it out, or set its weight to 0."
         for name, extra in section.channels.items()
         if extra.weight > 0
@@ -141,9 +147,11 @@ def _policy_problems(options: LossOptions) -> list[str]:
             "group, max_rl: that over the mean). Take it out."
         )
     objective = objective_of(policy)
-    if not isinstance(objective, Objective):
-        return problems + _foreign_options(policy)
-    reduction = objective.reduction if options.aggregation == "objective" else Reduction.GLOBAL_TOKEN_MEAN
+    ours = isinstance(objective, Objective)
+    by_objective = ours and options.aggregation == "objective"
+    reduction = objective.reduction if by_objective else Reduction.GLOBAL_TOKEN_MEAN
+    if not ours:
+        problems += _foreign_options(policy)
     if reduction is Reduction.SEQUENCE_MEAN and options.tokens_per_sample is None:
         problems.append(
             f"{policy.objective} is a mean over sequences, and prime-rl divides by the step's token count, which it does "
@@ -157,7 +165,7 @@ def _policy_problems(options: LossOptions) -> list[str]:
             f"{policy.objective}: set both composer.policy.length_constant and tokens_per_sample (the term is multiplied "
             "by their quotient), or neither (the constant length is then the step's mean)."
         )
-    if policy.length_constant is not None and reduction is not Reduction.CONSTANT_LENGTH:
+    if ours and policy.length_constant is not None and reduction is not Reduction.CONSTANT_LENGTH:
         problems.append(f"composer.policy.length_constant has no effect on {policy.objective} here; take it out.")
     if options.tokens_per_sample is not None and reduction in (
         Reduction.GLOBAL_TOKEN_MEAN,

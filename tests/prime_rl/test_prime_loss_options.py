@@ -1,6 +1,7 @@
 """Keyword arguments of the loss: what TOML and the command line hand over, what is refused, and silent channels."""
 
 import json
+import re
 import types
 import warnings
 
@@ -74,7 +75,16 @@ def test_strings_of_the_command_line_become_what_they_say():
         ({"tokens_per_sample": 5}, "length_constant and tokens_per_sample"),
         ({"composer": {"policy": {"length_constant": 5}}}, "length_constant and tokens_per_sample"),
         ({"composer": {"policy": {"objective": "dapo"}}, "tokens_per_sample": 5}, "no effect on a mean over tokens"),
+        (
+            {"composer": {"policy": {"objective": "dppo"}}, "tokens_per_sample": 5},
+            "no effect on a mean over tokens (dppo)",
+        ),
+        (
+            {"composer": {"policy": {"objective": "host"}}, "tokens_per_sample": 5, "aggregation": "host"},
+            "no effect on a mean over tokens (host)",
+        ),
         ({"composer": {"policy": {"objective": "dapo", "length_constant": 5}}}, "length_constant has no effect"),
+        ({"composer": {"policy": {"objective": "ipo", "length_constant": 5}}}, "length_constant has no effect"),
         ({"composer": {"policy": {"kl": {"coef": 0.1}}}}, "kl_tau"),
         ({"composer": {"policy": {"advantage": {"scale": "group"}}}}, "orchestrator.algo"),
         ({"composer": {"policy": {"objective": "host", "clip_low": 0.1}}}, "clip_low has no effect"),
@@ -91,17 +101,25 @@ def test_strings_of_the_command_line_become_what_they_say():
         ({"composer": {"channels": {"drift": {"weight": 0.1}}}}, "plugins' channels do not run on prime-rl"),
         ({"composer": {"sdpo": {**LIVE, "is_clip": 2.0}}}, "uncapped ratio"),
         ({"composer": {"outer": {"sync_every": 10}}}, "COMPOSER_OUTER"),
+        ({"composer": {"monitor": {"grad_norms_every": 5}}}, "monitor.grad_norms_every is not available"),
+        ({"composer": {"monitor": {"token_view": 4}}}, "monitor.token_view is not available"),
         ({"sdpo_route": "both"}, "sdpo_route"),
     ],
 )
 def test_what_cannot_be_had_is_refused_with_the_fix(kwargs, says):
-    with pytest.raises(ConfigError, match="(?s)" + says.replace(".", r"\.")):
+    with pytest.raises(ConfigError, match="(?s)" + re.escape(says)):
         composer_loss(inputs(), **kwargs)
 
 
 def test_refusals_are_of_the_type_for_unsupported_options():
     with pytest.raises(UnsupportedError):
         loss_options({"composer": {"sdpo": {"weight": 1}}})
+
+
+def test_what_is_said_twice_is_said_once():
+    with pytest.raises(UnsupportedError) as error:
+        loss_options({"composer": {"policy": {"objective": "ipo", "length_constant": 5}}})
+    assert str(error.value).count("length_constant") == 1
 
 
 def test_options_of_a_channel_that_is_off_are_nobodys_business():
