@@ -30,7 +30,7 @@ sys.path.insert(0, str(WORKER.parent))
 from harness_torchft import free_port  # noqa: E402
 
 COUNT, HEARTBEAT, JOIN = 3, 2.0, 6.0
-LIMITS = {"quorum": 120, "allreduce": 5, "connect": 40, "quorum_retries": 90}
+LIMITS = {"quorum": 120, "allreduce": 5, "connect": 40}
 #: Longest time without an outer step of any island, in seconds: two time limits of an exchange, a restart's imports on a
 #: busy machine, the lighthouse's absence.
 PATIENCE = 90.0

@@ -188,8 +188,8 @@ class OuterTimeouts(Section):
     """Longest wait for the other islands at a sync: longer than a round of the slowest island."""
     connect: float = Field(30.0, gt=0)
     """Reaching the lighthouse or another island."""
-    quorum_retries: int = Field(60, ge=0)
-    """Further attempts, about a second apart, while the lighthouse is down."""
+    quorum_retries: int | None = Field(None, ge=0)
+    """Further attempts, spread evenly over `quorum`, while the lighthouse is down; None: one a second; 0: end at once."""
 
 
 class OuterConfig(Section):

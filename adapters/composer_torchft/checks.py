@@ -51,3 +51,18 @@ def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
             f"{type(optimizer).__name__}.step does not run torch's step hooks, so its steps cannot be counted."
         )
     return optimizer
+
+
+def same_run(state: dict[str, Any], **expected: Any) -> None:
+    """Check that a checkpoint's outer state is of this run's version, outer configuration and layout of parameters.
+
+    Raises:
+        OuterLoopError: one of them differs.
+    """
+    names = {"version": "format", "config": "outer configuration", "layout": "set of parameters"}
+    for key, mine in expected.items():
+        if state.get(key) != mine:
+            raise OuterLoopError(
+                f"The checkpoint's outer state has another {names[key]}: expected {mine}, found {state.get(key)}. "
+                "Resume with the recipe that wrote it."
+            )

@@ -148,7 +148,7 @@ def doctor(
     console.print(
         f"A crash stalls the others for about {heartbeat_timeout:g} s (heartbeat), a peer that stops inside an exchange "
         f"for {t.allreduce:g} s, a slow peer for up to {join_timeout:g} s (more than two islands) or until it comes "
-        f"(two), at most {t.quorum:g} s; a lighthouse may be away for about {t.quorum_retries} s.",
+        f"(two), at most {t.quorum:g} s; a lighthouse may be away for {0 if t.quorum_retries == 0 else t.quorum:g} s.",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
 

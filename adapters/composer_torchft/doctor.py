@@ -68,10 +68,15 @@ def problems(
             f"{lighthouse.heartbeat_timeout:g} s: a failed exchange would be repeated with a peer that is still counted "
             "as alive. Raise it."
         )
-    if limits.quorum_retries < lighthouse.heartbeat_timeout:
+    if limits.quorum_retries == 0:
+        found.append("timeouts.quorum_retries 0: a restart of the lighthouse ends every island. Leave it out.")
+    elif (
+        limits.quorum_retries
+        and (between := limits.quorum / (limits.quorum_retries + 1)) > lighthouse.heartbeat_timeout
+    ):
         found.append(
-            f"timeouts.quorum_retries {limits.quorum_retries} (about one a second): a restart of the lighthouse that takes "
-            "longer ends every island. Raise it."
+            f"timeouts.quorum_retries {limits.quorum_retries} over timeouts.quorum {limits.quorum:g} s: islands notice that "
+            f"the lighthouse is back up to {between:.0f} s late. Leave it out: then they call it once a second."
         )
     if config.min_islands < 2:
         found.append(

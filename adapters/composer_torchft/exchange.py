@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 from torchft.local_sgd import _StreamingDiLoCoFragment
+from torchft.utils import get_stream_context, synchronize
 
 from composer_plugins.config import OuterConfig
 from composer_torchft.fingerprints import values_hash
-from composer_torchft.fragments import ParameterFragment
+from composer_torchft.fragments import ParameterFragment, all_finite
 
 
 class IslandFragment(_StreamingDiLoCoFragment):
@@ -29,6 +30,8 @@ class IslandFragment(_StreamingDiLoCoFragment):
             config.sync_every, fragment_sync_delay=config.sync_delay, fragment_update_alpha=config.mixing_alpha,
         )  # fmt: skip
         self.number, self.part = number, part
+        #: Inner steps since the parameters were the global ones.
+        self.age = 0
         self._kept: dict[str, torch.Tensor] = {}
         self._digest: str | None = None
         self.save_parameters()
@@ -36,14 +39,25 @@ class IslandFragment(_StreamingDiLoCoFragment):
 
     def perform_sync(self) -> bool:
         """Wait for the exchange and make the outer step; False when it failed and nothing was changed."""
-        for work in self._allreduce_work:
-            work.wait()
-            if self._manager.errored():
-                # closes the connections, so that peers which wait on us notice now and not after the time limit
-                self._manager._pg.abort()
-                break
+        with get_stream_context(self._stream):  # the accelerator's stream they were sent from: torchft insists on it
+            for work in self._allreduce_work:
+                work.wait()
+                if self._manager.errored():
+                    # closes the connections, so that peers which wait on us notice now and not after the time limit
+                    self._manager._pg.abort()
+                    break
         self._digest = None
         return super().perform_sync()
+
+    def save_parameters(self) -> None:
+        """Copy the parameters to the backup; torchft does not wait until a copy from an accelerator has arrived."""
+        super().save_parameters()
+        synchronize()
+
+    def _merge_parameters(self) -> None:
+        # torchft mixes also with a share of 0, and 0 times NaN is NaN
+        if self._fragment_update_alpha and all_finite(self._local_parameters.values()):
+            super()._merge_parameters()
 
     def _clear_local_parameters(self) -> None:
         # called at the end of every exchange, committed or not
@@ -83,6 +97,7 @@ class IslandFragment(_StreamingDiLoCoFragment):
         return {
             "original_parameters": {k: v.clone() for k, v in self.original_parameters.items()},
             "outer_optimizer": self._outer_optimizer.state_dict(),
+            "age": self.age,
         }
 
     def load_outer_state(self, state: dict) -> None:
@@ -90,4 +105,5 @@ class IslandFragment(_StreamingDiLoCoFragment):
         for name, value in state["original_parameters"].items():
             self.original_parameters[name].copy_(value)
         self._outer_optimizer.load_state_dict(state["outer_optimizer"])
+        self.age = state.get("age", 0)
         self.changed()

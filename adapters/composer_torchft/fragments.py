@@ -30,6 +30,11 @@ def is_sharded(parameter: torch.nn.Parameter) -> bool:
     return hasattr(parameter, "_local_tensor")
 
 
+def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
+    """Return whether no value is NaN or infinite."""
+    return all(_is_finite(t) for t in tensors)
+
+
 def _is_finite(values: torch.Tensor) -> bool:
     # one NaN or infinity makes the sum one too; only a sum that overflows needs the slower look at every value
     total = values.sum(dtype=torch.promote_types(values.dtype, torch.float32))
@@ -55,7 +60,7 @@ class ParameterFragment:
 
     def is_finite(self) -> bool:
         """Return whether all values that this process holds are numbers."""
-        return all(_is_finite(v) for _, v in self.named_parameters())
+        return all_finite(v for _, v in self.named_parameters())
 
     def numel(self) -> int:
         """Return the number of values that this process holds."""

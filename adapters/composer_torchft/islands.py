@@ -13,8 +13,11 @@ from composer_plugins.errors import OuterLoopError
 from composer_plugins.outer import ISLAND_ENV, LIGHTHOUSE_ENV
 
 INDEX_ENV = "COMPOSER_ISLAND_INDEX"
-#: Seconds an island is given to end.
+#: Seconds an island is given to end when it is told to.
 GRACE = 10.0
+#: Seconds that islands have to end by themselves when too few are left: one that has left the loop may still be writing
+#: its last checkpoint.
+LAST_WORDS = 60.0
 
 
 def run_islands(
@@ -71,7 +74,7 @@ def _wait(processes: list[subprocess.Popen], fewest: int) -> set[int]:
     while any(p.poll() is None for p in processes):
         running = [i for i, p in enumerate(processes) if p.poll() is None]
         if any(p.returncode for p in processes) and len(running) < fewest:
-            deadline = time.monotonic() + GRACE  # it may be about to end by itself
+            deadline = time.monotonic() + LAST_WORDS
             while time.monotonic() < deadline and any(processes[i].poll() is None for i in running):
                 time.sleep(0.1)
             ended = {i for i in running if processes[i].poll() is None}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import socket
 import threading
+import time
 import warnings
 from datetime import timedelta
 from http.server import ThreadingHTTPServer
@@ -22,8 +24,12 @@ from composer_plugins.errors import OuterLoopError
 from composer_plugins.outer import ISLAND_ENV, LIGHTHOUSE_ENV
 from composer_torchft.meeting import IslandGroup
 
-#: Longest wait for an island that has just been in the quorum; one that died since costs the others this much.
+#: Longest wait for an island that has just been in the quorum; one that died since costs the others this much. (One whose
+#: store is the meeting place, and that is frozen, can cost more: torch's store waits for its reply.)
 MEETING = timedelta(seconds=10)
+#: Longest series of attempts to connect. torchft waits longer and longer between two, which must begin anew: an island
+#: would otherwise call a lighthouse that is back only half a minute later.
+CONNECT = timedelta(seconds=2)
 
 
 class _Server(ThreadingHTTPServer):
@@ -53,6 +59,13 @@ class HealTransport(HTTPTransport):
         """Return where a checkpoint is fetched, without the step."""
         return f"http://{self._interface}:{self._server.server_address[1]}/checkpoint/"
 
+    def disallow_checkpoint(self) -> None:
+        """Stop serving, unless an island still reads: what it gets is a copy, so nobody has to wait for it or to fail."""
+        try:
+            super().disallow_checkpoint()
+        except TimeoutError:
+            self._disallowed = False
+
     @classmethod
     def _load_from_address(cls, address: str, timeout: timedelta) -> object:
         import urllib.request
@@ -78,6 +91,27 @@ def lighthouse_address(config: OuterConfig) -> str:
     return address
 
 
+class CommitClient:
+    """torchft's client of the island's own server, in which a question for the commit that gets no answer is a no."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        #: Why the last question got no answer; None when it got one.
+        self.failed: Exception | None = None
+
+    def should_commit(self, *args: Any, **options: Any) -> bool:
+        """Return the answer."""
+        self.failed = None
+        try:
+            return self._client.should_commit(*args, **options)
+        except (TimeoutError, RuntimeError) as error:  # torchft's two, of its Rust part
+            self.failed = error
+            return False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+
 class IslandManager(Manager):
     """torchft's manager, in which a commit that got no answer is one that failed, and not the end of the island.
 
@@ -85,21 +119,22 @@ class IslandManager(Manager):
     on after the limit, finds it passed.
     """
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._client = CommitClient(self._client)
+
     def should_commit(self, timeout: timedelta | None = None) -> bool:
         """Return whether the exchange succeeded on all processes of this island.
 
         Raises:
-            OuterLoopError: some of them got the answer and others did not.
+            OuterLoopError: some of them got a yes and others no answer.
         """
-        try:
-            answer: bool | None = super().should_commit(timeout)
-        except (TimeoutError, RuntimeError) as error:
+        answer: bool | None = super().should_commit(timeout)
+        if error := self._client.failed:
             self.report_error(error)
-            self._checkpoint_transport.disallow_checkpoint()
-            self._commit_failures += 1
             answer = None
         answers = gathered(answer, self._group_world_size)
-        if len(set(answers)) > 1:
+        if True in answers and set(answers) != {True}:
             raise OuterLoopError(
                 f"The processes of this island do not agree whether the exchange succeeded ({answers}; None: no answer in "
                 "time). One of them was stopped or cut off. Start the island again: it takes over the others' state."
@@ -126,29 +161,43 @@ class Link:
         self.rank = dist.get_rank() if distributed else 0
         self.world = dist.get_world_size() if distributed else 1
         host, port = self._store()
-        limit, connect = (timedelta(seconds=s) for s in (config.timeouts.allreduce, config.timeouts.connect))
-        try:
-            self.manager = IslandManager(
-                pg=IslandGroup(limit, min(connect, MEETING)),
-                load_state_dict=None, state_dict=None,
-                min_replica_size=config.min_islands,
-                use_async_quorum=False,
-                timeout=limit,
-                quorum_timeout=timedelta(seconds=config.timeouts.quorum),
-                connect_timeout=connect,
-                quorum_retries=config.timeouts.quorum_retries,
-                rank=self.rank, world_size=self.world,
-                store_addr=host, store_port=port,
-                lighthouse_addr=address, replica_id=self.island, hostname=config.interface,
-                checkpoint_transport=HealTransport(limit, config.interface),
-                # every island starts from the same weights, which the handshake checks: nothing to copy at step 0
-                init_sync=False,
-            )  # fmt: skip
-        except Exception as error:
-            raise OuterLoopError(
-                f"The lighthouse at {address} cannot be reached within {config.timeouts.connect:g} s "
-                f"({type(error).__name__}: {error}). Start `composer-rl lighthouse`, or correct the address."
-            ) from error
+        transport = HealTransport(timedelta(seconds=config.timeouts.allreduce), config.interface)
+        deadline = time.monotonic() + config.timeouts.connect
+        while True:
+            try:
+                self.manager = self._manager(address, host, port, transport)
+                return
+            except Exception as error:
+                if time.monotonic() < deadline:
+                    time.sleep(0.2)
+                    continue
+                transport.shutdown(wait=False)
+                raise OuterLoopError(
+                    f"The lighthouse at {address} cannot be reached within {config.timeouts.connect:g} s "
+                    f"({type(error).__name__}: {error}). Start `composer-rl lighthouse`, or correct the address."
+                ) from error
+
+    def _manager(self, address: str, host: str, port: int, transport: HealTransport) -> IslandManager:
+        """Return a manager. Raises whatever torchft raises when the lighthouse cannot be reached."""
+        limits = self.config.timeouts
+        limit, connect = (timedelta(seconds=s) for s in (limits.allreduce, limits.connect))
+        retries = math.ceil(limits.quorum) if limits.quorum_retries is None else limits.quorum_retries
+        return IslandManager(
+            pg=IslandGroup(limit, min(connect, MEETING)),
+            load_state_dict=None, state_dict=None,
+            min_replica_size=self.config.min_islands,
+            use_async_quorum=False,
+            timeout=limit,
+            quorum_timeout=timedelta(seconds=limits.quorum),
+            connect_timeout=min(connect, CONNECT),
+            quorum_retries=retries,  # torchft waits quorum_timeout / (retries + 1) between two
+            rank=self.rank, world_size=self.world,
+            store_addr=host, store_port=port,
+            lighthouse_addr=address, replica_id=self.island, hostname=self.config.interface,
+            checkpoint_transport=transport,
+            # every island starts from the same weights, which the handshake checks: nothing to copy at step 0
+            init_sync=False,
+        )  # fmt: skip
 
     def _store(self) -> tuple[str, int]:
         """Return a store that all processes of the island share."""
@@ -171,6 +220,9 @@ class Link:
         manager = self.manager
         # a number that torchft takes for a new quorum's: connect anew for every exchange, see `meeting`
         manager._quorum_id = -1
+        steps = gathered(manager.current_step(), self.world)
+        if len(set(steps)) > 1:  # it was healed on some of the island's processes only: once more, all of them
+            manager.load_state_dict({**manager.state_dict(), "step": min(steps)})
         try:
             manager.start_quorum()
         except Exception as error:

@@ -19,7 +19,7 @@ from composer_plugins.config import OuterConfig
 from composer_plugins.errors import OuterLoopError
 from composer_plugins.first_step import is_rehearsal
 from composer_plugins.outer import HostState
-from composer_torchft.checks import inner_optimizer
+from composer_torchft.checks import inner_optimizer, same_run
 from composer_torchft.exchange import IslandFragment
 from composer_torchft.fingerprints import as_integer, config_hash, layout_hash
 from composer_torchft.fragments import is_sharded, parameters_of, split_by_depth
@@ -92,6 +92,8 @@ class DiLoCoLoop:
         if is_rehearsal(self.inner):
             return
         self._local_step += 1
+        for fragment in self.fragments:
+            fragment.age += 1
         self._inside = True
         if self._local_step >= self._every - self.config.sync_delay and not self._prepared:
             self._begin_round()
@@ -101,7 +103,7 @@ class DiLoCoLoop:
         self._inside = False
 
     def _begin_round(self) -> None:
-        self._round = {"waited": 0.0, "stopped": 0.0, "retries": 0, "not_finite": 0}
+        self._round = {"waited": 0.0, "stopped": 0.0, "retries": 0, "bytes": 0, "lost": 0, "not_finite": False}
         self._healed = False
 
     def _current(self) -> IslandFragment:
@@ -113,22 +115,27 @@ class DiLoCoLoop:
         self._stay_finite()
         self._agree(Phase.SYNC)
         self._round["waited"] += time.perf_counter() - start
-        self._current().prepare_sync()
-        self._prepared = True
+        self._send()
         self._round["stopped"] += time.perf_counter() - start
+
+    def _send(self) -> None:
+        fragment = self._current()
+        fragment.prepare_sync()
+        self._round["bytes"] += bytes_of(fragment.global_tensors())
+        self._prepared = True
 
     def _stay_finite(self) -> None:
         """Go back to the global parameters when these are NaN or infinite: sent, they would take all islands along."""
         if self._is_finite():
             return
-        self._start_from_global()
+        lost = self._start_from_global()
         if not self._is_finite():
             raise OuterLoopError("The global parameters are not finite. Resume all islands from an earlier checkpoint.")
-        self._round["not_finite"] = self._local_step
+        self._round["not_finite"] = True
         logger.warning(
-            "outer loop: the parameters of island %s were not finite. Its %d inner steps since the last sync are given up, "
-            "and it goes on from the global parameters. Look at its loss, learning rate and data if this comes again.",
-            self.link.island, self._local_step,
+            "outer loop: the parameters of island %s were not finite. Its %d inner steps since they were the global ones are "
+            "given up, and it goes on from those. Look at its loss, learning rate and data if this comes again.",
+            self.link.island, lost,
         )  # fmt: skip
 
     def _is_finite(self) -> bool:
@@ -140,8 +147,11 @@ class DiLoCoLoop:
             self.link.quorum()
             mine = self._card(phase)
             cards = exchange(self.manager, mine)
-            if cards is None:
-                self.manager.should_commit()  # counts the failure, so that the next quorum rebuilds the connections
+            if not self.link.everywhere(cards is not None):
+                if cards is not None:  # another process of this island lacks them: each would wait in another place
+                    self.manager.report_error(OuterLoopError("the cards did not arrive at all processes of the island"))
+                    self.manager._pg.abort()
+                self._meet_again()
                 continue
             verdict = judge(cards, mine)
             if verdict.action is Action.GO_ON:
@@ -150,7 +160,7 @@ class DiLoCoLoop:
             if verdict.action is Action.LEAVE:
                 raise refusal(verdict.what, cards)
             self.manager.report_error(OuterLoopError(verdict.what))
-            self.manager.should_commit()
+            self._meet_again()
             if verdict.action is Action.STEP_BACK:
                 self._step_back()
             else:
@@ -159,6 +169,10 @@ class DiLoCoLoop:
             f"Island {self.link.island!r} met the others {self.config.max_retries + 1} times and every exchange failed: "
             f"{self.manager.errored()}. Check the network between the islands (outer.interface)."
         )
+
+    def _meet_again(self) -> None:
+        self._round["retries"] += 1
+        self.manager.should_commit()  # counts the failure, so that the next quorum rebuilds the connections
 
     def _card(self, phase: Phase) -> Card:
         values = self.link.combined([f.digest() for f in self.fragments])
@@ -188,9 +202,10 @@ class DiLoCoLoop:
                 break
         fragment.drop_kept()
         self._round["stopped"] += time.perf_counter() - start
-        lost = self._local_step if self._healed or not committed else self._round["not_finite"]
-        self._local_step = 0
-        self._record(fragment, committed, lost, attach)
+        if not committed:
+            self._round["lost"] = max(self._round["lost"], fragment.age)
+        self._local_step = fragment.age = 0
+        self._record(fragment, committed, attach)
 
     def _again(self, fragment: IslandFragment) -> None:
         """Prepare a failed exchange once more, from the same local parameters."""
@@ -202,15 +217,14 @@ class DiLoCoLoop:
         if self.manager.current_step() != before:
             self._healed = True
 
-    def _record(self, fragment: IslandFragment, committed: bool, lost: int, attach: bool) -> None:
+    def _record(self, fragment: IslandFragment, committed: bool, attach: bool) -> None:
         self.log.add(
             Round(
                 outer_step=self.manager.current_step(), fragment=fragment.number,
                 participants=self.manager.num_participants(), committed=committed, healed=self._healed,
-                retries=self._round["retries"], discarded_inner_steps=lost,
-                bytes=bytes_of(fragment.global_tensors()) * (1 + self._round["retries"]),
+                retries=self._round["retries"], discarded_inner_steps=self._round["lost"], bytes=self._round["bytes"],
                 seconds=round(self._round["stopped"], 4), waited=round(self._round["waited"], 4),
-                theta=fragment.digest()[:16], attach=attach, not_finite=bool(self._round["not_finite"]),
+                theta=fragment.digest()[:16], attach=attach, not_finite=self._round["not_finite"],
             )
         )  # fmt: skip
 
@@ -242,8 +256,7 @@ class DiLoCoLoop:
             return
         # the others sync right now: take part with a pseudo-gradient of zero, then the rounds are aligned
         self.replaced = True
-        self._current().prepare_sync()
-        self._prepared = True
+        self._send()
         self._local_step = 0
         start_step = self.manager.current_step()
         self._complete(attach=True)
@@ -271,12 +284,16 @@ class DiLoCoLoop:
         self.host_state.write(state["host"], int(state["inside"]) - int(self._inside))
         self._commit, self._donor_step, self._healed = state["commit"], state["local_step"], True
 
-    def _start_from_global(self) -> None:
-        """Go to the global parameters: zero pseudo-gradient, fresh inner optimizer."""
+    def _start_from_global(self) -> int:
+        """Go to the global parameters, with a fresh inner optimizer. Returns the inner steps that a fragment loses at most."""
+        lost = max(f.age for f in self.fragments)
+        self._round["lost"] = max(self._round["lost"], lost)
         for fragment in self.fragments:
             fragment.cancel()
             fragment.restore_parameters()
+            fragment.age = 0
         self.inner.state.clear()
+        return lost
 
     # Checkpoints and the end
 
@@ -298,16 +315,7 @@ class DiLoCoLoop:
         It is made from the checkpoint's parameters, which are those that were sent unless steps of `sync_delay` lay
         between.
         """
-        for key, mine, what in (
-            ("version", VERSION, "format"),
-            ("config", self._config, "outer configuration"),
-            ("layout", self._layout, "set of parameters"),
-        ):
-            if state.get(key) != mine:
-                raise OuterLoopError(
-                    f"The checkpoint's outer state has another {what}: expected {mine}, found {state.get(key)}. "
-                    "Resume with the recipe that wrote it."
-                )
+        same_run(state, version=VERSION, config=self._config, layout=self._layout)
         self.manager.load_state_dict(state["manager"])
         for fragment, saved in zip(self.fragments, state["fragments"], strict=True):
             fragment.load_outer_state(saved)

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 class Round:
     """One exchange of one fragment.
 
-    `bytes` is what this island sent, `seconds` the whole stop of the training, `waited` the part of it until the
-    others were there. `theta` is the start of the hash of the global parameters of the fragment afterwards. `not_finite`:
+    `retries` counts the meetings and exchanges that failed. `discarded_inner_steps`: of several fragments, which are synced
+    in turn, those of the one that lost the most. `bytes` is what this island sent of the parameters, `seconds` the whole
+    stop of the training, `waited` the part of it until the others were there. `theta` is the start of the hash of the global parameters of the fragment afterwards. `not_finite`:
     the island's parameters were NaN or infinite, and it went back to the global ones before it sent anything.
     """
 

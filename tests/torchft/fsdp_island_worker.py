@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from composer_torchft.loop import attach
+from composer_torchft import links
+from composer_torchft import loop as loops
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -51,8 +52,31 @@ def main() -> None:
 
     optimizer.register_step_post_hook(just_before_a_sync)
     start = local(parameters)
-    loop = attach(optimizer, net.named_parameters(), config)
+    load = links.HealTransport._load_from_address
+
+    def cut_off(*args):
+        """Once rank 1 does not get what rank 0 is healed with."""
+        if settings.get("heal_fails") and rank == 1:
+            settings.pop("heal_fails")
+            raise ConnectionResetError("planted: cut off")
+        return load(*args)
+
+    links.HealTransport._load_from_address = staticmethod(cut_off)
+    loop = loops.attach(optimizer, net.named_parameters(), config)
+    assert not settings.get("heal_fails") or rank == 0
     assert loop.sharded
+    exchange = loops.exchange
+
+    def lost_on_one_process(manager, card):
+        """Once the cards arrive at rank 0 only."""
+        cards = exchange(manager, card)
+        if settings.get("cards_lost_at") == manager.current_step() and rank == 1:
+            settings.pop("cards_lost_at")
+            manager.report_error(RuntimeError("planted: the cards were lost"))
+            return None
+        return cards
+
+    loops.exchange = lost_on_one_process
     name = settings["name"]
     found = {"start": start, "attached": local(parameters), "first": loop.manager.current_step()}
     locals_, globals_, steps, seen = [], [], [], len(loop.log.rounds)
@@ -83,7 +107,8 @@ def main() -> None:
     loop.finish()
     np.savez(
         folder / f"{name}-{rank}.npz", local=np.array(locals_), globals=np.array(globals_), steps=np.array(steps),
-        end=local(parameters), lost=np.array([r.discarded_inner_steps for r in loop.log.rounds]), **found,
+        end=local(parameters), lost=np.array([r.discarded_inner_steps for r in loop.log.rounds]),
+        retries=np.array([r.retries for r in loop.log.rounds]), **found,
     )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from composer_torchft import loop as loops
 from composer_torchft.fingerprints import values_hash
+from composer_torchft.links import CommitClient
 from torchft._torchft import ManagerClient
 
 from composer_plugins.config import OuterConfig
@@ -109,7 +110,8 @@ def plant(loop) -> None:
             fault["done"] = True
             write("fault", at=fault["at"])
             real, silent = loop.manager._client, socket.create_server(("127.0.0.1", 0))
-            loop.manager._client = ManagerClient(f"http://127.0.0.1:{silent.getsockname()[1]}", timedelta(seconds=5))
+            there = f"http://127.0.0.1:{silent.getsockname()[1]}"
+            loop.manager._client = CommitClient(ManagerClient(there, timedelta(seconds=5)))
             try:
                 return commit(*args, **options)
             finally:

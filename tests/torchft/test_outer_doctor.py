@@ -28,7 +28,8 @@ def test_the_defaults_fit_together():
         ({"timeouts": {"quorum": 20}}, HOUSE, None, "gives up before the lighthouse stops waiting"),
         ({"timeouts": {"quorum": 100}}, HOUSE, 500, "not above a round of 500 s"),
         ({"timeouts": {"allreduce": 3}}, HOUSE, None, "still counted as alive"),
-        ({"timeouts": {"quorum_retries": 2}}, HOUSE, None, "restart of the lighthouse that takes longer"),
+        ({"timeouts": {"quorum_retries": 0}}, HOUSE, None, "restart of the lighthouse ends every island"),
+        ({"timeouts": {"quorum_retries": 60}}, HOUSE, None, "back up to 59 s late"),
         ({"min_islands": 1}, HOUSE, None, "cut off from the others"),
         ({"start_with": 1}, HOUSE, None, "begin anew"),
         ({"min_islands": 3}, HOUSE, None, "Start it with --min-islands 3"),
@@ -145,12 +146,20 @@ def test_the_exit_code_of_an_island_is_told():
     assert isinstance(result.exception, OuterLoopError) and "island 1: exit code 1" in str(result.exception)
 
 
+def test_an_island_that_writes_its_last_checkpoint_is_left_in_peace(monkeypatch):
+    """Island 1 fails; island 0 ends well a little later, which it is given more time for than to end when told to."""
+    monkeypatch.setattr("composer_torchft.islands.GRACE", 0.2)
+    last = "import time; time.sleep(0 if {i} else 2); raise SystemExit({i} * 3)"
+    error = CliRunner().invoke(build_app(), ["islands", "run", "-n", "2", "--", sys.executable, "-c", last]).exception
+    assert isinstance(error, OuterLoopError) and "island 1: exit code 3" in str(error) and "island 0" not in str(error)
+
+
 @pytest.mark.parametrize(
     ("fewest", "outcome"), [([], "island 0: ended, since too few were left"), (["--min-islands", "1"], "")]
 )
 def test_islands_that_are_left_alone_do_not_wait_for_their_time_limit(tmp_path, monkeypatch, fewest, outcome):
     """Island 1 fails. Island 0 can go on alone, when one is enough; else it would wait for an hour."""
-    monkeypatch.setattr("composer_torchft.islands.GRACE", 1.0)
+    monkeypatch.setattr("composer_torchft.islands.LAST_WORDS", 1.0)
     wait = "import time; time.sleep(0 if {i} else " + ("2" if fewest else "40") + "); raise SystemExit({i} * 3)"
     command = ["islands", "run", "-n", "2", *fewest, "--", sys.executable, "-c", wait]
     error = CliRunner().invoke(build_app(), command).exception

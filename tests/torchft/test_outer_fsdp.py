@@ -59,10 +59,14 @@ def started():
 
 
 def test_sharded_islands_equal_the_reference(lighthouse, tmp_path, started):
-    """In the sixth round one process of the second island has NaN: both of its processes give the round up."""
+    """In the sixth round one process of the second island has NaN: both of its processes give the round up.
+
+    In the fourth one process of the first island does not get the cards: both meet the others once more.
+    """
     (tmp_path / "rounds").write_text("9")
     address = lighthouse(2).address
-    islands = [island(tmp_path, address, i, name=f"i{i}", **({"nan_at": 5} if i else {})) for i in range(2)]
+    faults = [{"cards_lost_at": 3}, {"nan_at": 5}]
+    islands = [island(tmp_path, address, i, name=f"i{i}", **faults[i]) for i in range(2)]
     started.extend(islands[0] + islands[1])
     for i, processes in enumerate(islands):
         wait(tmp_path, f"i{i}", processes)
@@ -76,17 +80,19 @@ def test_sharded_islands_equal_the_reference(lighthouse, tmp_path, started):
         expected = reference(np.stack([a["local"], b["local"]], axis=1), a["start"])
         assert len(expected) == 9 and np.abs(a["globals"] - expected).max() <= 1e-6
         np.testing.assert_array_equal(a["end"], a["globals"][-1])
+        assert a["retries"].tolist() == [0] * 3 + [1] + [0] * 5
         assert a["lost"].tolist() == [0] * 9 and b["lost"].tolist() == [0] * 5 + [3] + [0] * 3
     assert first[0]["start"].shape != first[1]["start"].shape  # the parts are uneven
 
 
 def test_a_sharded_island_that_died_joins_in_again(lighthouse, tmp_path, started):
+    """At first only one of its processes gets the others' state; then both do."""
     address = lighthouse(1, join=3, heartbeat=2).address
     stays = island(tmp_path, address, 0, name="stays", slow=3)
     dies = island(tmp_path, address, 1, name="dies", die_at=3)
     started.extend(stays + dies)
     wait(tmp_path, "dies", dies, code=7)
-    back = island(tmp_path, address, 1, name="back", weights=5)  # other weights, which are replaced
+    back = island(tmp_path, address, 1, name="back", weights=5, heal_fails=True)  # other weights, which are replaced
     started.extend(back)
     deadline = time.time() + 90
     while not (tmp_path / "back.step").exists():

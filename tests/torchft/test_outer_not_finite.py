@@ -54,6 +54,33 @@ def test_the_others_go_on_and_the_broken_one_begins_again_at_theirs(lighthouse, 
     assert [r.message for r in caplog.records if "not finite" in r.message and "isl1" in r.message]
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_nan_between_sending_and_applying_is_not_mixed_in(lighthouse, alpha):
+    """One step lies between; in it an island's parameters become NaN, and the result of the exchange replaces them."""
+    address = lighthouse().address
+
+    def body(i):
+        parameter = torch.nn.Parameter(torch.ones(3))
+        optimizer = torch.optim.SGD([parameter], lr=1.0)
+        loop = attach(optimizer, [("weight", parameter)], outer(address, i, sync_delay=1, mixing_alpha=alpha))
+        found = []
+        for step in range(6):
+            parameter.grad = torch.full_like(parameter, 0.1 * (i + 1))
+            if i and step == 1:
+                parameter.grad[0] = float("nan")
+            optimizer.step()
+            if step % 2:
+                found.append(parameter.detach().numpy().copy())
+        loop.finish()
+        return found
+
+    healthy, broken = in_threads(2, body)
+    assert np.isfinite(broken).all() and np.isfinite(healthy).all()
+    theta = 1 - 0.7 * 1.9 * 0.15  # the islands had gone 0.1 and 0.2
+    np.testing.assert_allclose(broken[0], theta, atol=1e-6)
+    np.testing.assert_allclose(healthy[0], (1 - alpha) * theta + alpha * 0.8, atol=1e-6)
+
+
 def test_global_parameters_that_are_not_finite_end_the_run(lighthouse):
     address = lighthouse().address
 

@@ -26,7 +26,15 @@ def test_the_version_is_the_pinned_one():
 
 
 @pytest.mark.parametrize(
-    "name", ["_save_local_parameters", "_clear_local_parameters", "_save_grads", "prepare_sync", "perform_sync"]
+    "name",
+    [
+        "_save_local_parameters",
+        "_clear_local_parameters",
+        "_save_grads",
+        "_merge_parameters",
+        "prepare_sync",
+        "perform_sync",
+    ],
 )
 def test_the_fragment_has_the_steps_we_stand_between(name):
     assert callable(getattr(_StreamingDiLoCoFragment, name))
@@ -35,13 +43,14 @@ def test_the_fragment_has_the_steps_we_stand_between(name):
 def test_the_fragment_calls_what_we_override_and_keeps_what_we_read():
     source = inspect.getsource(_StreamingDiLoCoFragment)
     assert "self._clear_local_parameters()" in inspect.getsource(_StreamingDiLoCoFragment.perform_sync)
-    for name in ("_allreduce_work", "_grads", "_local_parameters", "original_parameters", "_outer_optimizer"):
+    fields = ("_allreduce_work", "_grads", "_local_parameters", "original_parameters", "_outer_optimizer", "_stream")
+    for name in (*fields, "_fragment_update_alpha"):
         assert f"self.{name}" in source, name
 
 
 def test_the_manager_has_what_we_set():
     source = inspect.getsource(torchft.Manager)
-    names = ("_quorum_id", "_quorum_future", "_pg", "_commit_failures", "_checkpoint_transport", "_group_world_size")
+    names = ("_quorum_id", "_quorum_future", "_pg", "_client", "_group_world_size")
     for name in names:
         assert f"self.{name}" in source, name
     # a number that differs makes it connect anew
@@ -50,7 +59,7 @@ def test_the_manager_has_what_we_set():
 
 def test_the_transport_and_the_group_have_the_parts_we_replace():
     source = inspect.getsource(http_transport.HTTPTransport)
-    for name in ("self._server", "self._thread", "def _serve", "def _load_from_address"):
+    for name in ("self._server", "self._thread", "def _serve", "def _load_from_address", "self._disallowed"):
         assert name in source, name
     assert callable(http_transport._streaming_load) and callable(create_store_client)
     group = inspect.getsource(ProcessGroupWrapper.configure)
