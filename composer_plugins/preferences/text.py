@@ -24,7 +24,8 @@ def normal_text(text: str) -> str:
     >>> normal_text("Done.  See:\\n\\n\\n* one\\n* __the two__ ") == normal_text("Done. See:\\n\\n- one\\n- **the two**")
     True
     """
-    text = unicodedata.normalize("NFC", text).replace("\r\n", "\n").replace("\r", "\n")
+    # The blanks around it go first: what they hide from a pattern would show in the result.
+    text = unicodedata.normalize("NFC", text).replace("\r\n", "\n").replace("\r", "\n").strip()
     pieces, opened = [], ""
     for piece in _split(text):
         if isinstance(piece, str):

@@ -7,7 +7,7 @@ import os.path
 import posixpath
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from composer_plugins.errors import ConfigError
@@ -210,6 +210,7 @@ def test_answers_in_words_that_do_not(one, other):
 
 
 @given(st.text(alphabet="ab `*_-#\n\t~\u2019e\u0301", max_size=40))
+@example(text=" # _ #")
 @settings(max_examples=300, deadline=None)
 def test_normal_text_is_a_projection(text):
     once = normal_text(text)
